@@ -1,0 +1,246 @@
+"""One loop per test, three wires, and a teardown that fails on anything left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import ssl
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import trustme
+import uvloop
+
+import uvsock
+
+SERVER_NAME = "uvsock.test"
+
+
+def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> Any:
+    return {"uvloop": uvloop.new_event_loop}
+
+
+class Authority:
+    """A certificate authority of this test run, with a server and a client certificate."""
+
+    def __init__(self) -> None:
+        self.ca = trustme.CA()
+        self.server = self.ca.issue_cert(SERVER_NAME, "localhost", "127.0.0.1", "::1")
+        self.client = self.ca.issue_cert("client@uvsock.test")
+
+    @property
+    def ca_pem(self) -> bytes:
+        return self.ca.cert_pem.bytes()
+
+    @staticmethod
+    def pair(leaf: trustme.LeafCert) -> dict[str, bytes]:
+        """``key`` and ``cert`` of a leaf, as the TLS options take them."""
+        chain = b"".join(pem.bytes() for pem in leaf.cert_chain_pems)
+        return {"key": leaf.private_key_pem.bytes(), "cert": chain}
+
+    @property
+    def server_options(self) -> dict[str, Any]:
+        return self.pair(self.server)
+
+    @property
+    def client_options(self) -> dict[str, Any]:
+        return {"ca": self.ca_pem, "server_name": SERVER_NAME}
+
+    def client_context(self, **attributes: Any) -> ssl.SSLContext:
+        """A standard-library client context that trusts this authority."""
+        context = ssl.create_default_context(cadata=self.ca_pem.decode())
+        for name, value in attributes.items():
+            setattr(context, name, value)
+        return context
+
+    def server_context(self) -> ssl.SSLContext:
+        """A standard-library server context with this authority's server certificate."""
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self.server.configure_cert(context)
+        return context
+
+
+@pytest.fixture(scope="session")
+def authority() -> Authority:
+    return Authority()
+
+
+class Wire:
+    """The same test over TCP, Unix sockets or TLS."""
+
+    def __init__(self, kind: str, authority: Authority, directory: Path) -> None:
+        self.kind = kind
+        self.authority = authority
+        self.directory = directory
+        self._names = 0
+
+    @property
+    def encrypted(self) -> bool:
+        return self.kind == "tls"
+
+    async def listen(self, handlers: Any, **options: Any) -> uvsock.Listener:
+        if self.kind == "unix":
+            self._names += 1
+            return await uvsock.listen(
+                handlers, unix=str(self.directory / f"s{self._names}"), **options
+            )
+        if self.encrypted:
+            options.setdefault("tls", self.authority.server_options)
+        return await uvsock.listen(handlers, "127.0.0.1", 0, **options)
+
+    async def connect(
+        self, listener: uvsock.Listener, handlers: Any, **options: Any
+    ) -> uvsock.Socket[Any]:
+        """A uvsock client of the listener."""
+        if self.kind == "unix":
+            return await uvsock.connect(handlers, unix=listener.unix, **options)
+        if self.encrypted:
+            options.setdefault("tls", self.authority.client_options)
+        return await uvsock.connect(handlers, listener.hostname, listener.port, **options)
+
+    async def streams(
+        self, listener: uvsock.Listener, **options: Any
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A client of the listener on asyncio's streams: a peer that is not uvsock."""
+        if self.kind == "unix":
+            return await asyncio.open_unix_connection(listener.unix, **options)
+        if self.encrypted:
+            options.setdefault("ssl", self.authority.client_context())
+            options.setdefault("server_hostname", SERVER_NAME)
+        return await asyncio.open_connection(listener.hostname, listener.port, **options)
+
+
+@pytest.fixture(params=["tcp", "unix", "tls"])
+def wire(request: pytest.FixtureRequest, authority: Authority) -> Iterator[Wire]:
+    # Not tmp_path: a Unix socket's path has room for about 100 bytes.
+    with tempfile.TemporaryDirectory(prefix="uvs") as directory:
+        yield Wire(request.param, authority, Path(directory))
+
+
+@pytest.fixture(params=["tcp", "unix"])
+def plain_wire(request: pytest.FixtureRequest, authority: Authority) -> Iterator[Wire]:
+    with tempfile.TemporaryDirectory(prefix="uvs") as directory:
+        yield Wire(request.param, authority, Path(directory))
+
+
+@pytest.fixture
+def tcp_wire(authority: Authority, tmp_path: Path) -> Wire:
+    return Wire("tcp", authority, tmp_path)
+
+
+@pytest.fixture
+def tls_wire(authority: Authority, tmp_path: Path) -> Wire:
+    return Wire("tls", authority, tmp_path)
+
+
+def open_descriptors() -> set[int]:
+    path = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
+    found = set()
+    for name in os.listdir(path):
+        with contextlib.suppress(OSError):
+            os.fstat(int(name))  # the descriptor of the listing itself is gone by now
+            found.add(int(name))
+    return found
+
+
+@pytest_asyncio.fixture
+async def loop_errors() -> list[dict[str, Any]]:
+    """What the loop's exception handler was called with. Asking for it makes such calls legal."""
+    return asyncio.get_running_loop()._uvsock_test_errors  # type: ignore[attr-defined]
+
+
+@pytest_asyncio.fixture(autouse=True)
+async def leaves_nothing_behind(request: pytest.FixtureRequest) -> AsyncIterator[None]:
+    """Fail the test for exception-handler calls, tasks, sockets or descriptors left behind."""
+    loop = asyncio.get_running_loop()
+    errors: list[dict[str, Any]] = []
+    loop._uvsock_test_errors = errors  # type: ignore[attr-defined]
+    loop.set_exception_handler(lambda _, context: errors.append(context))
+    before = open_descriptors()
+    yield
+    me = asyncio.current_task()
+    closed = lambda: not uvsock.open_sockets(loop) and not open_descriptors() - before  # noqa: E731
+    with contextlib.suppress(TimeoutError):
+        await until(closed, timeout=3)
+    sockets = list(uvsock.open_sockets(loop))
+    for socket in sockets:
+        socket.terminate()
+    tasks = {task for task in asyncio.all_tasks() if task is not me and not task.done()}
+    gc.collect()  # a Future or Task that died with an unseen exception reports it now
+    await asyncio.sleep(0)
+    assert not sockets, f"sockets still open: {sockets}"
+    left = open_descriptors() - before
+    assert not left, f"descriptors left open: {left}"
+    assert not tasks, f"tasks still running: {tasks}"
+    if "loop_errors" not in request.fixturenames:
+        assert not errors, f"the loop's exception handler was called: {errors}"
+
+
+async def until(condition: Callable[[], object], timeout: float = 5.0) -> None:
+    """Return once the condition is true; TimeoutError after ``timeout`` seconds."""
+    async with asyncio.timeout(timeout):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+async def soon(awaitable: Awaitable[Any], timeout: float = 5.0) -> Any:
+    """The awaitable's result, or TimeoutError: no test may hang."""
+    return await asyncio.wait_for(awaitable, timeout)
+
+
+class Recorder:
+    """A handler table that writes down every call: ``recorder.events`` and ``recorder.received``."""
+
+    def __init__(self, **overrides: Any) -> None:
+        self.events: list[str] = []
+        self.calls: list[tuple[Any, ...]] = []
+        self.received = bytearray()
+        self.sockets: list[uvsock.Socket[Any]] = []
+        self.overrides = overrides
+
+    @property
+    def socket(self) -> uvsock.Socket[Any]:
+        return self.sockets[-1]
+
+    @property
+    def close_errors(self) -> list[BaseException | None]:
+        return [call[2] for call in self.calls if call[0] == "close"]
+
+    @property
+    def errors(self) -> list[BaseException]:
+        return [call[2] for call in self.calls if call[0] == "error"]
+
+    def table(self, *names: str) -> dict[str, Callable[..., Any]]:
+        """Handlers that record, for these events (all but ``timeout`` and ``drain`` by default)."""
+        chosen = names or (
+            "open", "data", "end", "close", "error", "handshake", "connect_error",
+        )
+        return {
+            name: self._handler(name) for name in dict.fromkeys((*chosen, *self.overrides))
+        }
+
+    def _handler(self, name: str) -> Callable[..., Any]:
+        override = self.overrides.get(name)
+
+        def handler(socket: uvsock.Socket[Any], *arguments: Any) -> Any:
+            self.events.append(name)
+            self.calls.append((name, socket, *arguments))
+            if name in ("open", "connect_error") and socket not in self.sockets:
+                self.sockets.append(socket)
+            if name == "data":
+                self.received += arguments[0]
+            return override(socket, *arguments) if override is not None else None
+
+        if asyncio.iscoroutinefunction(override):
+            async def awaiting(socket: uvsock.Socket[Any], *arguments: Any) -> None:
+                await handler(socket, *arguments)
+
+            return awaiting
+        return handler
