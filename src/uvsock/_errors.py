@@ -9,7 +9,11 @@ class SocketClosedError(SocketError):
     """The socket was closed, in order, before the operation could finish."""
 
 
-class FrameTooLargeError(SocketError):
+class FrameError(SocketError):
+    """Bytes were received that the framer can make no frame of."""
+
+
+class FrameTooLargeError(FrameError):
     """A frame is longer than the framer's ``max_length``."""
 
 

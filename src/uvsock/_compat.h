@@ -1,0 +1,19 @@
+/* Where Linux and macOS differ. */
+#ifndef UVSOCK_COMPAT_H
+#define UVSOCK_COMPAT_H
+
+#include <sys/socket.h>
+
+/* macOS has no MSG_NOSIGNAL; libuv sets SO_NOSIGPIPE on every stream socket it opens there. */
+#ifndef MSG_NOSIGNAL
+#define MSG_NOSIGNAL 0
+#endif
+
+/* macOS names the idle time before the first keep-alive probe differently. */
+#ifndef TCP_KEEPIDLE
+#ifdef TCP_KEEPALIVE
+#define TCP_KEEPIDLE TCP_KEEPALIVE
+#endif
+#endif
+
+#endif

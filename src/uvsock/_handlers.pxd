@@ -1,0 +1,36 @@
+# The handler table: what runs for each event. It knows nothing of sockets or TLS.
+
+cdef enum Event:
+    OPEN, DATA, DRAIN, END, TIMEOUT, HANDSHAKE, ERROR, CLOSE, CONNECT_ERROR
+
+
+cdef class Handlers:
+    # The callables of a table, or None. A table never changes after it is built, so a running call
+    # finishes on the table it started on.
+    cdef readonly object open
+    cdef readonly object data
+    cdef readonly object drain
+    cdef readonly object end
+    cdef readonly object timeout
+    cdef readonly object handshake
+    cdef readonly object error
+    cdef readonly object close
+    cdef readonly object connect_error
+    # One bit per Event: that callable is an `async def`.
+    cdef unsigned int _awaitable
+
+    # One method per event, called through C; a compiled table overrides those it wants. They return
+    # None when done, a coroutine to be awaited before the socket's next event, NotImplemented where
+    # the table has no such handler.
+    cdef object on_open(self, object socket)
+    cdef object on_data(self, object socket, object data)
+    cdef object on_drain(self, object socket)
+    cdef object on_end(self, object socket)
+    cdef object on_timeout(self, object socket)
+    cdef object on_handshake(self, object socket, bint success, object error)
+    cdef object on_error(self, object socket, object error)
+    cdef object on_close(self, object socket, object error)
+    cdef object on_connect_error(self, object socket, object error)
+
+
+cdef str event_name(int event)

@@ -1,0 +1,568 @@
+"""Listening: binding an address, and what is done with all sockets of a listener at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import errno
+import os
+import socket
+import stat
+from collections.abc import Callable, Coroutine
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+
+import uvloop
+
+from uvsock._addresses import Address, resolve
+from uvsock._contexts import TLSLike, server_context
+from uvsock._framing import Framer, as_framer
+from uvsock._handlers import Handlers, as_handlers
+from uvsock._options import (
+    check_address,
+    check_flag,
+    check_hostname,
+    check_int,
+    check_port,
+    check_seconds,
+    check_sock,
+    check_unix_path,
+    socket_options,
+)
+from uvsock._socket import Group, Socket
+from uvsock._stream import LoopState, StreamGroup, state_of
+
+if TYPE_CHECKING:
+    from uvsock._types import HandlersLike
+
+# A port that the system picked for one address can be taken for another.
+_PORT_ATTEMPTS = 20
+# An address of a family or an interface that this machine does not have.
+_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+
+
+class ListenerStats(NamedTuple):
+    """Totals of a listener, since it was made."""
+
+    accepted: int
+    """Connections accepted."""
+    connections: int
+    """Sockets that are live now."""
+    handshake_failures: int
+    """TLS handshakes that failed."""
+    bytes_read: int
+    """Bytes received, plain text for TLS."""
+    bytes_written: int
+    """Bytes accepted for writing, plain text for TLS."""
+
+
+def listen(
+    handlers: HandlersLike,
+    hostname: str | None = None,
+    port: int | None = None,
+    *,
+    unix: str | bytes | os.PathLike[str] | None = None,
+    sock: socket.socket | None = None,
+    tls: TLSLike = None,
+    data: Any = None,
+    data_factory: Callable[[], Any] | None = None,
+    backlog: int = 1024,
+    reuse_port: bool = False,
+    exclusive: bool = False,
+    ipv6_only: bool = False,
+    allow_half_open: bool = False,
+    binary_type: Literal["bytes", "bytearray", "memoryview"] = "bytes",
+    framing: Framer | None = None,
+    cork: bool = True,
+    high_water_mark: int = 65536,
+    no_delay: bool = True,
+    keep_alive: bool | float | None = None,
+    idle_timeout: float | None = None,
+    linger_timeout: float = 30.0,
+) -> Coroutine[Any, Any, Listener]:
+    """Listen on one address: ``hostname`` and ``port``, ``unix``, or ``sock``. Await the result.
+
+    Args:
+        handlers: a ``Handlers``, a mapping, or an object with handlers as attributes.
+        hostname: host name or IP address; every address of a name is bound, on one port.
+        port: 0 lets the system pick one.
+        unix: path of a Unix socket, or on Linux an abstract name (``"\\0name"``). A stale socket
+            file is replaced; the file is removed at ``stop()``.
+        sock: a bound or listening stream socket, which the listener owns from here on.
+        tls: TLS options (see ``TLS``); None or False for plain connections.
+        data: ``listener.data``, and what ``socket.data`` begins as: one object for all sockets.
+        data_factory: called without arguments for each connection, to make its ``socket.data``.
+        backlog: connections that the kernel keeps until they are accepted (listen(2)).
+        reuse_port: share the port with other processes (SO_REUSEPORT).
+        exclusive: refuse to share it; not together with ``reuse_port``.
+        ipv6_only: do not take IPv4 connections on an IPv6 address (IPV6_V6ONLY).
+        allow_half_open: keep the own side open after the peer has ended its own.
+        binary_type: what ``data`` is called with: ``"bytes"``, ``"bytearray"`` or ``"memoryview"``
+            (borrowed: valid until the handler returns).
+        framing: a ``Framer``, such as ``Lines()``, that cuts what arrives into frames: ``data`` is
+            called once per frame. None to deliver what arrives as it comes.
+        cork: gather writes into one send(2); False for one send per write.
+        high_water_mark: the most that is held per socket, in bytes.
+        no_delay: send small segments at once (TCP_NODELAY).
+        keep_alive: probe idle peers: True, or the idle seconds before the first probe.
+        idle_timeout: seconds without traffic until ``timeout`` is called; None for never.
+        linger_timeout: seconds that ``close()`` may take to deliver what was accepted.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; raised by the call itself.
+        OSError: the address cannot be bound, with the address in its text.
+    """
+    table = as_handlers(handlers)
+    kind = check_address(hostname, port, unix, sock)
+    if kind == "tcp":
+        hostname, port = check_hostname("hostname", hostname), check_port(port)
+    elif kind == "unix":
+        unix = check_unix_path(unix)
+    else:
+        sock = check_sock(sock, "bound")
+    check_int("backlog", backlog, 1, 65535)
+    check_flag("reuse_port", reuse_port)
+    check_flag("exclusive", exclusive)
+    check_flag("ipv6_only", ipv6_only)
+    if reuse_port and exclusive:
+        raise ValueError("exclusive: must not be given together with reuse_port")
+    if data is not None and data_factory is not None:
+        raise TypeError("data_factory: must not be given together with data")
+    if data_factory is not None and not callable(data_factory):
+        raise TypeError(f"data_factory: must be callable, not {type(data_factory).__name__}")
+    options = socket_options(
+        allow_half_open=allow_half_open,
+        binary_type=binary_type,
+        framing=as_framer(framing),
+        cork=cork,
+        high_water_mark=high_water_mark,
+        no_delay=no_delay,
+        keep_alive=keep_alive,
+        idle_timeout=idle_timeout,
+        linger_timeout=linger_timeout,
+    )
+    context = server_context(tls)
+    calling = contextvars.copy_context()
+
+    async def start() -> Listener:
+        loop = asyncio.get_running_loop()
+        state = state_of(loop)
+        path: str | None = None
+        if kind == "tcp":
+            assert hostname is not None
+            assert port is not None
+            sockets = await _bind_tcp(hostname, port, backlog, reuse_port, ipv6_only)
+        elif kind == "unix":
+            assert isinstance(unix, (str, bytes))
+            path = os.fsdecode(unix)
+            sockets = [_bind_unix(path, backlog)]
+        else:
+            assert sock is not None
+            sockets = [sock]
+            if sock.family == socket.AF_UNIX:
+                path = os.fsdecode(sock.getsockname())
+            _listen_on(sock, backlog)
+        listener = Listener.__new__(Listener)
+        group = Group(
+            state,
+            table,
+            context=calling,
+            options=options,
+            listener=listener,
+            data=data,
+            data_factory=data_factory,
+            tls_context=context,
+            server_side=True,
+        )
+        listener._init(state, group, sockets, hostname, path, owns_path=kind == "unix")
+        listener._start(backlog)
+        return listener
+
+    return start()
+
+
+class Listener:
+    """A listening address and its sockets. Made by ``listen``."""
+
+    _state: LoopState
+    _group: Group
+    _servers: list[asyncio.AbstractServer]
+    _stopped: asyncio.Future[None]
+
+    def __init__(self) -> None:
+        raise TypeError("a Listener is made by uvsock.listen()")
+
+    def _init(
+        self,
+        state: LoopState,
+        group: Group,
+        sockets: list[socket.socket],
+        hostname: str | None,
+        path: str | None,
+        *,
+        owns_path: bool,
+    ) -> None:
+        self._state = state
+        self._group = group
+        self._sockets = sockets
+        self._servers = []
+        self._referenced = True
+        self._path = path
+        # To remove the file at stop() only if it is still this listener's.
+        self._inode = _inode(path) if owns_path and path is not None else None
+        self._hostname: str | None = None
+        self._port: int | None = None
+        if path is None:
+            name = sockets[0].getsockname()
+            self._hostname, self._port = hostname or name[0], name[1]
+        self._stopped = state.loop.create_future()
+
+    def _start(self, backlog: int) -> None:
+        try:
+            for sock in self._sockets:
+                self._servers.append(serve(self._state.loop, self._group, sock, backlog))
+        except BaseException:
+            self._close()
+            raise
+        self._state.listeners.add(self)
+        self._state.hold()
+
+    def _close(self) -> None:
+        for server in self._servers:
+            server.close()
+        for sock in self._sockets[len(self._servers) :]:
+            sock.close()
+        self._servers = []
+        self._sockets = []
+        if self._inode is not None:
+            assert self._path is not None
+            if _inode(self._path) == self._inode:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._path)
+            self._inode = None
+
+    def __repr__(self) -> str:
+        if self._path is not None:
+            where = repr(self._path)
+        else:
+            where = f"{self._hostname} port {self._port}"
+        return f"<uvsock.Listener {where}{' stopped' if self._stopped.done() else ''}>"
+
+    @property
+    def hostname(self) -> str | None:
+        """The host name as it was given; None on a Unix socket."""
+        return self._hostname
+
+    @property
+    def port(self) -> int | None:
+        """The port that was bound; None on a Unix socket."""
+        return self._port
+
+    @property
+    def unix(self) -> str | None:
+        """The path or abstract name of a Unix socket, else None."""
+        return self._path
+
+    @property
+    def data(self) -> Any:
+        """What ``socket.data`` of a new connection begins as, without ``data_factory``."""
+        return self._group.data
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        self._group.data = value
+
+    @property
+    def handlers(self) -> Handlers:
+        """The table that the sockets share."""
+        return self._group.handlers
+
+    @property
+    def sockets(self) -> frozenset[Socket[Any]]:
+        """The live sockets: from the connection until ``close`` is called."""
+        return frozenset(self._group.sockets)
+
+    @property
+    def connections(self) -> int:
+        """The number of live sockets."""
+        return len(self._group.sockets)
+
+    @property
+    def stats(self) -> ListenerStats:
+        """Totals since the listener was made. Takes time in proportion to its live sockets."""
+        group = self._group
+        return ListenerStats(
+            group.accepted,
+            len(group.sockets),
+            group.handshake_failures,
+            group.bytes_read,
+            group.bytes_written,
+        )
+
+    def stop(self, close_active_connections: bool = False) -> None:
+        """Stop accepting; the address is free at once.
+
+        Args:
+            close_active_connections: close the live sockets too, each as by ``close()``.
+        """
+        self._state.check_thread()
+        check_flag("close_active_connections", close_active_connections)
+        if not self._stopped.done():
+            self._stopped.set_result(None)
+            self._close()
+            self._state.listeners.discard(self)
+            if self._referenced:
+                self._state.release()
+        if close_active_connections:
+            self._group.stopped = True  # for those that uvloop has accepted in this iteration
+            for sock in self.sockets:
+                sock.close()
+
+    def ref(self) -> None:
+        """Let this listener keep ``run`` going, as it does by default."""
+        self._state.check_thread()
+        if not self._referenced:
+            self._referenced = True
+            if not self._stopped.done():
+                self._state.hold()
+
+    def unref(self) -> None:
+        """Do not let this listener keep ``run`` going."""
+        self._state.check_thread()
+        if self._referenced:
+            self._referenced = False
+            if not self._stopped.done():
+                self._state.release()
+
+    def reload(self, handlers: HandlersLike) -> None:
+        """Replace the table of every live and future socket at once.
+
+        A handler that runs finishes on the old table; one that the new table leaves out is gone.
+
+        Raises:
+            TypeError: not a table; nothing is changed.
+        """
+        self._state.check_thread()
+        self._group.handlers = as_handlers(handlers)
+
+    def reload_tls(self, tls: TLSLike) -> None:
+        """Use other TLS options for new connections; live ones go on as they are.
+
+        Raises:
+            TypeError, ValueError: wrong options, or a change from or to plain connections. Nothing
+                is changed.
+        """
+        self._state.check_thread()
+        context = server_context(tls)
+        if self._group.tls_context is None:
+            raise ValueError("tls: must not be reloaded on a listener without TLS")
+        if context is None:
+            raise ValueError("tls: must not be turned off on a listener with TLS")
+        self._group.tls_context = context
+
+    async def wait_closed(self) -> None:
+        """Wait until the listener is stopped and the last ``close`` handler has returned."""
+        self._state.check_thread()
+        await asyncio.shield(self._stopped)
+        await asyncio.sleep(0)  # what was accepted in the same iteration is made now
+        await self._group.when_empty()
+
+    async def serve_forever(self) -> None:
+        """Wait until the listener is stopped. Cancelling this stops it."""
+        self._state.check_thread()
+        try:
+            await asyncio.shield(self._stopped)
+        except asyncio.CancelledError:
+            self.stop()
+            raise
+
+    async def shutdown(self, timeout: float) -> None:
+        """Stop accepting, let the sockets finish by themselves, then terminate what is left.
+
+        Args:
+            timeout: seconds that they have; 0 terminates them at once.
+        """
+        seconds = check_seconds("timeout", timeout, allow_zero=True)
+        self.stop()
+        await asyncio.sleep(0)  # what was accepted in the same iteration is made now
+        empty = self._group.when_empty()
+        if not empty.done():
+            await asyncio.wait([empty], timeout=seconds)
+        for sock in self.sockets:
+            sock.terminate()
+        await empty
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop(True)
+        await self.wait_closed()
+
+
+def serve(
+    loop: asyncio.AbstractEventLoop, group: StreamGroup, sock: socket.socket, backlog: int
+) -> asyncio.AbstractServer:
+    """Have uvloop accept connections on a bound socket; each is a call of the group."""
+    # Not by the loop's methods: those of uvsock's own loop make asyncio's transports.
+    create: Any = (
+        uvloop.Loop.create_unix_server
+        if sock.family == socket.AF_UNIX
+        else uvloop.Loop.create_server
+    )
+    options = {"cleanup_socket": False} if sock.family == socket.AF_UNIX else {}
+    serving = create(loop, group, sock=sock, backlog=backlog, **options)
+    try:
+        # It has nothing to wait for, so nothing can cancel it halfway. uvloop runs a server's
+        # protocols in the context that it was created in.
+        group.context.run(serving.send, None)
+    except StopIteration as done:
+        server: asyncio.AbstractServer = done.value
+        return server
+    serving.close()
+    raise RuntimeError("uvloop's server waits for something")
+
+
+# ── Binding ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _bind_tcp(
+    hostname: str,
+    port: int,
+    backlog: int,
+    reuse_port: bool,
+    ipv6_only: bool,
+) -> list[socket.socket]:
+    """Listening sockets for every address of the name, on one port."""
+    addresses = await resolve(hostname, port, passive=True)
+    # Two sockets of both families collide unless the IPv6 one leaves IPv4 alone.
+    ipv6_only = ipv6_only or len({family for family, _ in addresses}) > 1
+    for attempt in range(_PORT_ATTEMPTS):
+        try:
+            return _bind_all(addresses, port, backlog, reuse_port, ipv6_only)
+        except OSError as error:
+            retry = port == 0 and len(addresses) > 1 and error.errno == errno.EADDRINUSE
+            if not retry or attempt == _PORT_ATTEMPTS - 1:
+                raise
+    raise AssertionError("not reached")
+
+
+def _bind_all(
+    addresses: list[Address],
+    port: int,
+    backlog: int,
+    reuse_port: bool,
+    ipv6_only: bool,
+) -> list[socket.socket]:
+    sockets: list[socket.socket] = []
+    absent: OSError | None = None
+    try:
+        for family, address in addresses:
+            try:
+                sock = _bind_one(family, address, port, backlog, reuse_port, ipv6_only)
+            except OSError as error:
+                # Of `localhost`, say, the IPv6 address may be missing on this machine.
+                if error.errno not in _NOT_HERE:
+                    raise
+                absent = error
+                continue
+            sockets.append(sock)
+            port = sock.getsockname()[1]
+        if not sockets and absent is not None:
+            raise absent
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
+def _bind_one(
+    family: int,
+    address: tuple[Any, ...],
+    port: int,
+    backlog: int,
+    reuse_port: bool,
+    ipv6_only: bool,
+) -> socket.socket:
+    sock: socket.socket | None = None
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, ipv6_only)
+        sock.bind((address[0], port, *address[2:]))
+        # Here and not in uvloop, whose error would not name the address.
+        sock.listen(backlog)
+        sock.setblocking(False)
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        raise _cannot_bind(f"{address[0]} port {port}", error) from error
+    return sock
+
+
+def _listen_on(sock: socket.socket, backlog: int) -> None:
+    """listen(2) on a socket of the caller's; uvloop would not report an error."""
+    try:
+        sock.listen(backlog)
+    except OSError as error:
+        name = sock.getsockname()
+        sock.close()
+        where = f"{name[0]} port {name[1]}" if isinstance(name, tuple) else repr(os.fsdecode(name))
+        raise _cannot_bind(where, error) from error
+
+
+def _bind_unix(path: str, backlog: int) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if not path.startswith("\0"):
+            _remove_stale(path)
+        sock.bind(path)
+        sock.listen(backlog)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise _cannot_bind(repr(path), error) from error
+    return sock
+
+
+def _cannot_bind(where: str, error: OSError) -> OSError:
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return OSError(error.errno, f"cannot listen on {where}: {reason}")
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket file that nobody listens on any more."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return  # bind(2) refuses it
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        except OSError:
+            return  # alive with a full backlog, or not ours to judge: bind(2) says what is wrong
+
+
+def _inode(path: str) -> tuple[int, int] | None:
+    if path.startswith("\0"):
+        return None
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

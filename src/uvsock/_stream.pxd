@@ -1,0 +1,241 @@
+# The socket core: what uvloop calls, the write path, flow control, TLS and the ways to close.
+#
+#   CONNECTING ──► ESTABLISHED ──► ENDING ──► CLOSING ──► LEAVING ───► CLOSED
+#   no event yet   reads, writes   own side    input is    transport    connection_lost
+#                                  ended,      dropped     is going     has run
+#                                  still reads
+#
+# A stream only ever moves to the right, in `_enter`. Bytes are accepted in ESTABLISHED only, and
+# delivered up to ENDING only. A subclass turns the on_ methods into calls of handlers.
+
+cimport cython
+
+from uvsock._framing cimport Delivery, FrameReader
+from uvsock._sink cimport BufferSink
+from uvsock._tls cimport TLSLayer
+
+
+cdef enum Phase:
+    CONNECTING, ESTABLISHED, ENDING, CLOSING, LEAVING, CLOSED
+
+
+cdef class ReadBuffer:
+    # Memory shared by all streams of a loop, lent to handlers as a memoryview. While a view is
+    # kept, `exports` is above the loop's own and the loop takes a new one instead.
+    cdef char* memory
+    cdef Py_ssize_t size
+    cdef Py_ssize_t start     # the part that the next view shows
+    cdef Py_ssize_t visible
+    cdef int exports
+
+
+cdef class LoopState:
+    # One per event loop. Streams hold it; it holds their groups only while they have streams.
+    cdef readonly object loop
+    cdef unsigned long thread
+    cdef readonly Py_ssize_t held
+    cdef list _idle_waiters
+    cdef readonly set listeners
+    cdef readonly set groups
+    cdef list _dirty
+    cdef bint _flush_scheduled
+    cdef object _flush_callback
+    cdef BufferSink _spare_sinks  # a chain: the first, which names the next
+    cdef int _spare_count
+    cdef ReadBuffer plain_buffer
+    cdef ReadBuffer tls_buffer
+
+    cdef int check(self) except -1
+    cdef int add_dirty(self, Stream stream) except -1
+    cdef bint defer_flush(self) noexcept
+    cdef BufferSink take_sink(self)
+    cdef void give_sink(self, BufferSink sink)
+
+
+cdef class StreamGroup:
+    # What the streams of one listener, or one connection, share.
+    cdef readonly LoopState state
+    cdef readonly object context          # contextvars.Context that handlers run in
+    cdef public object tls_context
+    cdef readonly bint server_side
+    cdef public bint stopped              # a connection accepted, but not yet made, is dropped
+    cdef readonly object server_hostname
+    cdef readonly list sockets            # live: what keeps open streams from being collected
+    cdef list _empty_waiters
+    cdef Py_ssize_t _alive                # as `sockets`, and those whose last event runs
+    cdef readonly Py_ssize_t accepted
+    cdef readonly Py_ssize_t handshake_failures
+    cdef long long _bytes_read            # of streams already closed
+    cdef long long _bytes_written
+    cdef bint allow_half_open
+    cdef bint cork
+    cdef bint no_delay
+    cdef Delivery delivery
+    cdef Py_ssize_t high_water_mark
+    cdef double keep_alive                # seconds before the first probe, 0 the system's, < 0 off
+    cdef double idle_timeout              # seconds, 0 off
+    cdef double linger_timeout            # seconds
+    cdef double handshake_timeout         # seconds
+
+    cdef int add(self, Stream stream) except -1
+    cdef int remove(self, Stream stream) except -1
+    cdef int forget(self, Stream stream) except -1
+
+
+@cython.final
+cdef class Deadlines:
+    # Of one stream, as loop time, 0 for none. Made with the first of them, gone with the last.
+    cdef double phase            # end of the handshake or of the linger
+    cdef double timeout          # of `timeout()`
+    cdef double active           # last traffic, kept only with an idle timeout
+    cdef double timer_at
+    cdef object timer            # the one TimerHandle, armed for the earliest of these
+
+
+cdef class Stream:
+    cdef StreamGroup group
+    cdef LoopState state
+    cdef object transport        # uvloop's; owns the descriptor, knows the addresses after close
+    cdef int fd                  # the transport's, -1 once it may be closed
+    cdef int writer_fd           # our duplicate, watched while the kernel is full; else -1
+
+    cdef Phase phase
+    cdef unsigned char opened             # the open event was given, so a close event is due
+    cdef unsigned char tcp                # else a Unix socket
+    cdef unsigned char transport_paused
+    cdef unsigned char paused             # by the user
+    cdef unsigned char busy               # an async handler runs
+    cdef unsigned char read_off           # shutdown(read=True)
+    cdef unsigned char tcp_eof            # the peer's FIN was read
+    cdef unsigned char peer_ended         # the peer's end was delivered, or needs no delivery
+    cdef unsigned char fin_sent
+    cdef unsigned char broken             # a send failed: what was received is still delivered
+    cdef unsigned char blocked            # the kernel took less than it was given
+    cdef unsigned char short_write        # a write was refused in part: a drain event is due
+    cdef unsigned char short_unanswered   # ... and neither drain nor a retry has come (debug mode)
+    cdef unsigned char sending            # a send_all or sendfile has the write side to itself
+    cdef unsigned char dirty              # in the loop's list of streams to flush
+    cdef unsigned char alive              # from connection_made until the last event is over
+    cdef unsigned char unreferenced
+    cdef unsigned char pump_scheduled
+    cdef unsigned char end_given       # the end event was given
+    cdef unsigned char handshake_told     # that the handshake failed, or TLS broke: said once
+    cdef unsigned char cut_off         # the peer ended TLS without close_notify
+
+    cdef int turn                # > 0 inside an event: corked writes are held until it ends
+    cdef int corks               # > 0 inside `with cork()`
+    cdef int place               # in the group's `sockets`, else -1
+
+    # Bytes for the kernel: plain ones, or ciphertext when there is a TLS layer. None when empty.
+    cdef BufferSink wire
+    # The only bytes held, not copied: what is written once is sent, or encrypted, from where it is.
+    cdef bytes lone
+    # Plain text not yet encrypted. None when empty.
+    cdef BufferSink plain
+    cdef Py_ssize_t wire_plain   # plain text that the bytes in `wire` stand for (TLS)
+    cdef TLSLayer tls
+    # Received while paused or busy, not yet looked at. None when empty.
+    cdef list stash
+    # Cuts what was received into frames; None where chunks are delivered as they come.
+    cdef FrameReader frames
+
+    cdef Deadlines _deadlines    # None while there are none
+    cdef readonly long long bytes_read
+    cdef readonly long long bytes_written
+    cdef object error            # what broke the connection, or None
+    cdef list write_waiters      # Futures: everything accepted has left, or the stream is closed
+
+    # Events, for the subclass. They do not raise.
+    cdef int on_open(self) except -1
+    cdef int on_data(self, object data) except -1
+    cdef int on_frame_error(self, object error) except -1
+    cdef int on_drain(self) except -1
+    cdef int on_end(self) except -1
+    cdef int on_timeout(self) except -1
+    cdef int on_handshake(self, bint success, object error) except -1
+    cdef int on_tls_error(self, object error) except -1
+    cdef int on_closed(self) except -1
+
+    # Reading
+    cdef ReadBuffer lend_buffer(self)
+    cdef int received_in_buffer(self, Py_ssize_t n) except -1
+    cdef bint held_back(self) noexcept
+    cdef int update_reading(self) except -1
+    cdef int _receive(self, object data) except -1
+    cdef int _receive_last(self, object data) except -1
+    cdef int _drop_input(self) except -1
+    cdef int _deliver(self, object data) except -1
+    cdef int _deliver_memory(self, ReadBuffer buffer, Py_ssize_t n, int own_exports) except -1
+    cdef int _deliver_frames(self) except -1
+    cdef bint unread(self) noexcept
+    cdef int _read_tls(self) except -1
+    cdef int release_borrowed(self, object view) except -1
+    cdef int _continue_handshake(self) except -1
+    cdef int _check_end(self) except -1
+    cdef int after_end(self) except -1
+    cdef int schedule_pump(self) except -1
+    cdef int pump(self) except -1
+
+    # Writing
+    cdef Py_ssize_t write_bytes(
+        self, const char* p, Py_ssize_t n, bint whole, bytes owner
+    ) except -2
+    cdef Py_ssize_t _write_plain(
+        self, const char* p, Py_ssize_t n, bint whole, bytes owner
+    ) except -2
+    cdef Py_ssize_t _write_tls(
+        self, const char* p, Py_ssize_t n, bint whole, bytes owner
+    ) except -2
+    # Where n bytes go that are accepted and held until the turn ends; the caller puts them there.
+    # NULL where write_bytes has to decide what becomes of them. The stream is ESTABLISHED.
+    cdef char* accept_held(self, Py_ssize_t n) except? NULL
+    cdef bint _corking(self) noexcept
+    cdef Py_ssize_t _hold(self, const char* p, Py_ssize_t n, bint whole) except -1
+    cdef int _append(self, const char* p, Py_ssize_t n) except -1
+    cdef int _copy_lone(self, Py_ssize_t start) except -1
+    cdef int _keep(self, const char* p, Py_ssize_t n, bytes owner) except -1
+    cdef BufferSink _sink(self)
+    cdef int _flush_later(self) except -1
+    cdef Py_ssize_t _send(self, const char* p, Py_ssize_t n) except -2
+    cdef int _send_outgoing(self) except -1
+    cdef int flush_now(self) except -1
+    cdef int _flushed(self) except -1
+    cdef int leave_turn(self) except -1
+    cdef Py_ssize_t pending(self) noexcept
+    cdef int arm_writer(self) except -1
+    cdef void _disarm_writer(self)
+    cdef int wake_writers(self) except -1
+    cdef int check_drain(self) except -1
+
+    # Ending
+    cdef int _enter(self, Phase phase) except -1
+    cdef int begin_end(self) except -1
+    cdef int begin_close(self) except -1
+    cdef int begin_abort(self, object error, bint reset) except -1
+    cdef int begin_tls(
+        self, object context, bint server_side, object server_hostname, double timeout
+    ) except -1
+    cdef int _send_fin(self) except -1
+    cdef int shut_down(self) except -1
+    cdef int _finish(self) except -1
+    cdef int drop_transport(self) except -1
+    cdef int _leave(self) except -1
+    cdef double linger(self) noexcept
+    cdef void _drop_output(self)
+    cdef int _broken(self, int code) except -1
+    cdef int _end_pause(self) except -1
+    cdef int _give_up(self) except -1
+    cdef int _tls_failed(self, object error) except -1
+    cdef int begin_closed(self) except -1
+    cdef int end_closed(self) except -1
+
+    # Time
+    cdef Deadlines deadlines(self)
+    cdef int limit_phase(self, double seconds) except -1
+    cdef int _drop_deadlines(self) except -1
+    cdef int arm_timer(self) except -1
+
+
+cdef double now() noexcept
+cdef bint set_keep_alive(int fd, bint enable, double delay) noexcept
+cdef bint set_no_delay(int fd, bint enable) noexcept

@@ -1,0 +1,1429 @@
+"""The socket core on uvloop's transports: reading, writing, TLS, flow control, closing."""
+
+import os
+import ssl
+import threading
+
+import uvloop
+
+cimport cython
+from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.bytearray cimport PyByteArray_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.memoryview cimport PyMemoryView_FromObject
+from libc.errno cimport EAGAIN, EINTR, ENOBUFS, EPIPE, EPROTOTYPE, ETIMEDOUT, errno
+from libc.math cimport INFINITY
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from posix.unistd cimport close as close_descriptor
+
+from uvsock._framing cimport AS_BYTEARRAY, AS_BYTES, AS_MEMORYVIEW, FrameReader
+from uvsock._sink cimport BufferSink
+from uvsock._tls cimport TLSLayer
+
+cdef extern from "pythread.h":
+    unsigned long PyThread_get_thread_ident() noexcept
+
+cdef extern from "fcntl.h":
+    int fcntl(int fd, int command, ...) noexcept
+    int F_DUPFD_CLOEXEC
+
+cdef extern from "sys/uio.h":
+    struct iovec:
+        void* iov_base
+        size_t iov_len
+
+cdef extern from "sys/socket.h":
+    ctypedef unsigned int socklen_t
+    struct msghdr:
+        iovec* msg_iov
+        size_t msg_iovlen
+    struct linger_option "linger":
+        int l_onoff
+        int l_linger
+    int SOL_SOCKET, SO_ERROR, SO_LINGER, SO_KEEPALIVE, SHUT_WR
+    Py_ssize_t send(int fd, const void* data, size_t size, int flags) noexcept
+    Py_ssize_t sendmsg(int fd, const msghdr* message, int flags) noexcept
+    int shutdown(int fd, int how) noexcept
+    int getsockopt(int fd, int level, int name, void* value, socklen_t* size) noexcept
+    int setsockopt(int fd, int level, int name, const void* value, socklen_t size) noexcept
+
+cdef extern from "netinet/in.h":
+    int IPPROTO_TCP
+
+cdef extern from "netinet/tcp.h":
+    int TCP_NODELAY
+
+cdef extern from "_compat.h":
+    int MSG_NOSIGNAL, MSG_DONTWAIT, TCP_KEEPIDLE
+
+cdef enum:
+    # Writes up to this size are copied to be sent together with others; a larger one is worth a
+    # system call of its own, and copying it costs more than a gathering send saves.
+    UVS_COPY_LIMIT = 16384
+    # Plain text per SSL_write: bounds the ciphertext that waits while the kernel is full.
+    UVS_TLS_BATCH = 65536
+    # The largest plain text of one TLS record (RFC 8446, 5.1): a read needs room for one.
+    UVS_TLS_RECORD = 16384
+    # What one read may bring. uvloop reads as much into its own buffer for `data_received`.
+    UVS_READ_SIZE = 524288
+    UVS_TLS_READ_SIZE = 131072
+    # Empty sinks kept per loop; more would hold memory after a burst.
+    UVS_SPARE_SINKS = 64
+    # A send that keeps failing with EPROTOTYPE (macOS, while the socket shuts down) is given up.
+    UVS_SEND_RETRIES = 16
+
+# Seconds until a connection whose send failed is dropped although its read side reports nothing.
+cdef double UVS_BROKEN_GRACE = 1.0
+# Seconds until a writer is armed again after no descriptor was left for its duplicate.
+cdef double UVS_RETRY_DELAY = 0.02
+# Seconds. uvloop's timers count whole milliseconds and may fire that much early.
+cdef double UVS_TIMER_SLACK = 0.001
+
+# libuv before 1.52 takes the hang-up of a reset that follows data for an end.
+cdef bint END_MAY_BE_RESET = uvloop.__version__.startswith("0.22.")
+
+cdef object SSLError = ssl.SSLError
+cdef object TCPTransport = uvloop.loop.TCPTransport
+
+
+cdef double now() noexcept:
+    """The loop's clock (libuv's uv_hrtime is CLOCK_MONOTONIC too)."""
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return t.tv_sec + t.tv_nsec * 1e-9
+
+
+cdef class ReadBuffer:
+    def __cinit__(self, Py_ssize_t size):
+        self.memory = <char*>malloc(size)
+        if self.memory == NULL:
+            raise MemoryError()
+        self.size = size
+        self.start = 0
+        self.visible = size
+
+    def __dealloc__(self):
+        free(self.memory)
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        PyBuffer_FillInfo(view, self, self.memory + self.start, self.visible, 0, flags)
+        self.exports += 1
+
+    def __releasebuffer__(self, Py_buffer* view):
+        self.exports -= 1
+
+
+cdef class LoopState:
+    """What uvsock keeps per event loop; made by ``state_of``."""
+
+    def __cinit__(self, object loop):
+        self.loop = loop
+        self.thread = PyThread_get_thread_ident()
+        self.listeners = set()
+        self.groups = set()
+        self._dirty = []
+        self._idle_waiters = []
+        self._flush_callback = self._flush_dirty
+        self.plain_buffer = None
+        self.tls_buffer = None
+
+    cdef int check(self) except -1:
+        if PyThread_get_thread_ident() != self.thread:
+            raise RuntimeError(
+                f"called in thread {PyThread_get_thread_ident()}, but this object belongs to the "
+                f"event loop of thread {self.thread}; use loop.call_soon_threadsafe()"
+            )
+        return 0
+
+    def check_thread(self):
+        """Raise RuntimeError unless called in the loop's thread."""
+        self.check()
+
+    def hold(self):
+        """One more thing keeps ``run`` going: a referenced listener, socket or pending connect."""
+        self.held += 1
+
+    def release(self):
+        """Undo one ``hold``."""
+        self.held -= 1
+        if self.held == 0:
+            waiters = self._idle_waiters
+            self._idle_waiters = []
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    def idle(self):
+        """A Future that is done when nothing is held."""
+        waiter = self.loop.create_future()
+        if self.held == 0:
+            waiter.set_result(None)
+        else:
+            self._idle_waiters.append(waiter)
+        return waiter
+
+    cdef int add_dirty(self, Stream stream) except -1:
+        stream.dirty = True
+        self._dirty.append(stream)
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            self.loop.call_soon(self._flush_callback)
+        return 0
+
+    cdef bint defer_flush(self) noexcept:
+        """Whether from here on it is the caller who has to call `_flush_dirty`, not the loop."""
+        if self._flush_scheduled:
+            return False
+        self._flush_scheduled = True
+        return True
+
+    def _flush_dirty(self):
+        cdef Stream stream
+        dirty = self._dirty
+        self._dirty = []
+        self._flush_scheduled = False
+        for stream in dirty:
+            stream.dirty = False
+            # In a turn or a cork its own end flushes.
+            if stream.turn == 0 and stream.corks == 0:
+                stream.flush_now()
+
+    cdef BufferSink take_sink(self):
+        cdef BufferSink sink = self._spare_sinks
+        if sink is None:
+            return BufferSink.__new__(BufferSink)
+        self._spare_sinks = sink.next_spare
+        self._spare_count -= 1
+        sink.next_spare = None
+        return sink
+
+    cdef void give_sink(self, BufferSink sink):
+        if self._spare_count < UVS_SPARE_SINKS:
+            sink.trim()
+            sink.next_spare = self._spare_sinks
+            self._spare_sinks = sink
+            self._spare_count += 1
+
+
+def state_of(loop):
+    """The loop's state, made on first use.
+
+    Raises:
+        RuntimeError: the loop is not uvloop's.
+    """
+    cdef LoopState state
+    if not isinstance(loop, uvloop.Loop):
+        raise RuntimeError(
+            f"uvsock needs a uvloop event loop, not {type(loop).__name__}; "
+            "use uvsock.run() or asyncio.Runner(loop_factory=uvloop.new_event_loop)"
+        )
+    found = getattr(loop, "_uvsock_state", None)
+    if found is None:
+        state = LoopState(loop)
+        loop._uvsock_state = state
+        return state
+    state = found
+    if not state.listeners and not state.groups:
+        # A loop that runs again in another thread.
+        state.thread = threading.get_ident()
+    return state
+
+
+cdef class StreamGroup:
+    """The options, TLS context and live streams of one listener or one connection."""
+
+    def __cinit__(self, *args, **kwargs):
+        self.sockets = []
+        self._empty_waiters = []
+
+    cdef int add(self, Stream stream) except -1:
+        """The stream has a transport."""
+        stream.place = len(self.sockets)
+        self.sockets.append(stream)
+        self.state.groups.add(self)
+        self.accepted += 1
+        self._alive += 1
+        stream.alive = True
+        if not stream.unreferenced:
+            self.state.hold()
+        return 0
+
+    cdef int remove(self, Stream stream) except -1:
+        """The stream is closed; its last event is still to come."""
+        cdef Stream last
+        if stream.place < 0:
+            return 0
+        last = self.sockets.pop()
+        if last is not stream:
+            last.place = stream.place
+            self.sockets[last.place] = last
+        stream.place = -1
+        self._bytes_read += stream.bytes_read
+        self._bytes_written += stream.bytes_written
+        return 0
+
+    cdef int forget(self, Stream stream) except -1:
+        """The stream's last event is over."""
+        if not stream.alive:
+            return 0
+        stream.alive = False
+        self._alive -= 1
+        if not stream.unreferenced:
+            self.state.release()
+        if self._alive == 0:
+            self.state.groups.discard(self)
+            waiters = self._empty_waiters
+            self._empty_waiters = []
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+        return 0
+
+    def when_empty(self):
+        """A Future that is done when no stream is left, and every last event is over."""
+        waiter = self.state.loop.create_future()
+        if self._alive:
+            self._empty_waiters.append(waiter)
+        else:
+            waiter.set_result(None)
+        return waiter
+
+    @property
+    def bytes_read(self):
+        """Plain-text bytes received, by streams closed and live."""
+        cdef Stream stream
+        cdef long long total = self._bytes_read
+        for stream in self.sockets:
+            total += stream.bytes_read
+        return total
+
+    @property
+    def bytes_written(self):
+        """Bytes accepted for writing, by streams closed and live."""
+        cdef Stream stream
+        cdef long long total = self._bytes_written
+        for stream in self.sockets:
+            total += stream.bytes_written
+        return total
+
+
+cdef object _handshake_error(object error):
+    """What the handshake event is told: an ssl.SSLError, whatever broke the connection."""
+    if error is None or isinstance(error, SSLError):
+        return error
+    told = ssl.SSLEOFError(
+        ssl.SSL_ERROR_EOF, f"the connection broke during the TLS handshake: {error}"
+    )
+    told.__cause__ = error
+    return told
+
+
+@cython.final
+cdef class Deadlines:
+    pass
+
+
+cdef class Stream:
+    """One connection: the protocol object that uvloop calls, and all that happens below events."""
+
+    def __cinit__(self):
+        self.fd = -1
+        self.writer_fd = -1
+        self.place = -1
+        self.phase = CONNECTING
+
+    def __dealloc__(self):
+        if self.writer_fd >= 0:
+            close_descriptor(self.writer_fd)
+
+    # ── What uvloop calls ──────────────────────────────────────────────────────────────────────
+
+    def connection_made(self, transport):
+        if self.phase >= LEAVING or self.group.stopped:
+            self._enter(LEAVING)  # given up before the transport was there
+            self.group.add(self)  # or nothing would wait until it is gone
+            transport.abort()
+            return
+        self.transport = transport
+        self.fd = transport.get_extra_info("socket").fileno()
+        self.tcp = isinstance(transport, TCPTransport)
+        self.group.add(self)
+        self.turn += 1
+        try:
+            self._set_options()
+            if self.group.tls_context is None:
+                self._enter(ESTABLISHED)
+                self.on_open()
+            else:
+                try:
+                    self.begin_tls(
+                        self.group.tls_context, self.group.server_side,
+                        self.group.server_hostname, self.group.handshake_timeout,
+                    )
+                except Exception as error:
+                    # A context or a name that the ssl module cannot use.
+                    self.group.handshake_failures += 1
+                    self.on_handshake(False, error)
+                    self.begin_abort(error, False)
+                else:
+                    self._continue_handshake()
+            self.arm_timer()
+        finally:
+            self.leave_turn()
+        if self.held_back() and self.phase < LEAVING:
+            # uvloop starts reading when this returns, whatever was asked for before.
+            self.transport_paused = False
+            self.state.loop.call_soon(self._sync_reading)
+
+    @cython.binding(False)
+    def data_received(self, data):
+        self.turn += 1
+        try:
+            self._receive(data)
+        finally:
+            self.leave_turn()
+
+    cdef ReadBuffer lend_buffer(self):
+        """The memory that the next read goes to."""
+        if self.state.plain_buffer is None:
+            self.state.plain_buffer = ReadBuffer(UVS_READ_SIZE)
+        self.state.plain_buffer.start = 0
+        self.state.plain_buffer.visible = UVS_READ_SIZE
+        return self.state.plain_buffer
+
+    cdef int received_in_buffer(self, Py_ssize_t n) except -1:
+        """That read has brought ``n`` bytes."""
+        cdef ReadBuffer buffer = self.state.plain_buffer
+        self.turn += 1
+        try:
+            if (
+                self.tls is None and self.stash is None and not self.held_back()
+                and self.phase <= ENDING and not self.read_off
+            ):
+                self.bytes_read += n
+                if self.group.idle_timeout > 0:
+                    self.deadlines().active = now()
+                self._deliver_memory(buffer, n, 1)  # uvloop holds one export until this returns
+            else:
+                self._receive(PyBytes_FromStringAndSize(buffer.memory, n))
+        finally:
+            self.leave_turn()
+        return 0
+
+    def eof_received(self):
+        cdef int code = get_error(self.fd) if END_MAY_BE_RESET and not self.broken else 0
+        if code:
+            self.error = OSError(code, os.strerror(code))
+        self.tcp_eof = True
+        self.turn += 1
+        try:
+            if self.broken or code:
+                self._give_up()
+            elif self.phase == CLOSING:
+                self.peer_ended = True
+                self._finish()
+            else:
+                self._check_end()
+        finally:
+            self.leave_turn()
+        return True  # the transport stays: it is closed when both sides have ended
+
+    def connection_lost(self, exc):
+        if exc is not None and self.error is None and self.phase < LEAVING:
+            self.error = exc
+        self.turn += 1
+        try:
+            self._end_pause()
+            if self.tls is not None and self.tls.handshaking and self.phase < LEAVING:
+                self.begin_abort(exc if exc is not None else self.error, False)
+        finally:
+            self.turn -= 1
+            self._disarm_writer()
+            self._drop_output()
+            self.fd = -1
+            self.stash = None
+            if self.frames is not None:
+                self.frames.drop()
+            self._enter(LEAVING)
+        if self.opened:
+            self.on_closed()
+        else:
+            self.begin_closed()
+            self.end_closed()
+
+    def pause_writing(self):
+        # Never called: nothing is ever written to the transport.
+        raise RuntimeError("uvsock writes to the descriptor, not to the transport")
+
+    def resume_writing(self):
+        raise RuntimeError("uvsock writes to the descriptor, not to the transport")
+
+    # ── Events: a subclass overrides these ─────────────────────────────────────────────────────
+
+    cdef int on_open(self) except -1:
+        return 0
+
+    cdef int on_data(self, object data) except -1:
+        return 0
+
+    cdef int on_frame_error(self, object error) except -1:
+        return 0
+
+    cdef int on_drain(self) except -1:
+        return 0
+
+    cdef int on_end(self) except -1:
+        return 0
+
+    cdef int on_timeout(self) except -1:
+        return 0
+
+    cdef int on_handshake(self, bint success, object error) except -1:
+        return 0
+
+    cdef int on_tls_error(self, object error) except -1:
+        return 0
+
+    cdef int on_closed(self) except -1:
+        return 0
+
+    # ── Reading ────────────────────────────────────────────────────────────────────────────────
+
+    cdef bint held_back(self) noexcept:
+        return self.paused or self.busy
+
+    cdef int update_reading(self) except -1:
+        """Let the transport read exactly when its bytes would be looked at."""
+        cdef bint want
+        if self.transport is None or self.tcp_eof or self.phase >= LEAVING:
+            return 0
+        want = (
+            self.phase == CLOSING
+            or self.broken  # only the read side tells when that connection is over
+            or (self.tls is not None and self.tls.handshaking)
+            or (not self.held_back() and self.stash is None)
+        )
+        if want and self.transport_paused:
+            self.transport_paused = False
+            self.transport.resume_reading()
+        elif not want and not self.transport_paused:
+            self.transport_paused = True
+            self.transport.pause_reading()
+        return 0
+
+    def _sync_reading(self):
+        self.update_reading()
+
+    cdef int _receive(self, object data) except -1:
+        cdef bint handshaking, stalled
+        if self.phase >= CLOSING:
+            return self._receive_last(data) if self.phase == CLOSING and self.tls is not None else 0
+        if self.group.idle_timeout > 0:
+            self.deadlines().active = now()
+        handshaking = self.tls is not None and self.tls.handshaking
+        if self.stash is not None or (self.held_back() and not handshaking):
+            if self.stash is None:
+                self.stash = []
+            self.stash.append(data)
+            return self.update_reading()
+        if self.tls is None:
+            return self._deliver(data)
+        stalled = self.tls.stalled
+        self.tls.feed(data)
+        if handshaking:
+            return self._continue_handshake()
+        self._read_tls()
+        if stalled and self.phase < LEAVING:
+            self.flush_now()
+            return self.check_drain()
+        return 0
+
+    cdef int _receive_last(self, object data) except -1:
+        """What comes after close() is dropped, but it may hold the peer's close_notify."""
+        if self.tls.handshaking:
+            if self.plain is not None:  # accepted bytes still wait for the handshake
+                self.tls.feed(data)
+                self._continue_handshake()
+            return 0
+        self.tls.feed(data)
+        self._drop_input()
+        return self._finish()
+
+    cdef int _drop_input(self) except -1:
+        cdef Py_ssize_t n = 1
+        cdef ReadBuffer buffer = ReadBuffer(UVS_TLS_RECORD)
+        while n > 0:
+            try:
+                n = self.tls.read(buffer.memory, buffer, buffer.size)
+            except SSLError:
+                return 0  # what the peer says cannot be understood: its FIN is waited for
+        if self.tls.peer_closed:
+            self.peer_ended = True
+        return 0
+
+    cdef int _deliver(self, object data) except -1:
+        self.bytes_read += len(data)
+        if self.read_off:
+            return 0
+        if self.frames is not None:
+            self.frames.feed(data, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+            return self._deliver_frames()
+        if self.group.delivery == AS_BYTES:
+            return self.on_data(data)
+        if self.group.delivery == AS_BYTEARRAY:
+            return self.on_data(bytearray(data))
+        view = memoryview(bytearray(data))
+        self.on_data(view)
+        return self.release_borrowed(view)
+
+    cdef int _deliver_memory(self, ReadBuffer buffer, Py_ssize_t n, int own_exports) except -1:
+        if self.read_off:
+            return 0
+        buffer.start = 0
+        buffer.visible = n
+        if self.frames is not None:
+            self.frames.feed(buffer, buffer.memory, n)
+            self._deliver_frames()
+        elif self.group.delivery == AS_BYTES:
+            return self.on_data(PyBytes_FromStringAndSize(buffer.memory, n))
+        elif self.group.delivery == AS_BYTEARRAY:
+            return self.on_data(PyByteArray_FromStringAndSize(buffer.memory, n))
+        else:
+            view = PyMemoryView_FromObject(buffer)
+            self.on_data(view)
+            self.release_borrowed(view)
+            view = None
+        if buffer.exports > own_exports:
+            # A slice was kept, or an async handler still reads: that memory is theirs now.
+            if self.state.plain_buffer is buffer:
+                self.state.plain_buffer = None
+            if self.state.tls_buffer is buffer:
+                self.state.tls_buffer = None
+        return 0
+
+    cdef int _deliver_frames(self) except -1:
+        """Deliver the frames that are whole, until something holds the stream back."""
+        cdef FrameReader frames = self.frames
+        cdef bint borrow = self.group.delivery == AS_MEMORYVIEW
+        try:
+            while not self.held_back() and self.phase <= ENDING and not self.read_off:
+                frame = frames.next(self.group.delivery)
+                if frame is None:
+                    break
+                self.on_data(frame)
+                if borrow:
+                    self.release_borrowed(frame)
+        except BaseException as error:
+            frames.fail()
+            self.on_frame_error(error)
+        if self.phase > ENDING or self.read_off:
+            frames.drop()
+        frames.leave()
+        if frames.framer is None and not frames.more:
+            self.frames = None  # dropped in a handler
+        return 0
+
+    cdef bint unread(self) noexcept:
+        """Whether something was received that was not looked at yet."""
+        return self.stash is not None or (self.frames is not None and self.frames.more)
+
+    cdef int release_borrowed(self, object view) except -1:
+        """End the loan of a view, when its handler has returned."""
+        try:
+            view.release()
+        except BufferError:
+            # Something built on the view holds it, so it stays valid; its buffer is not reused.
+            return 0
+        return 0
+
+    cdef int _read_tls(self) except -1:
+        cdef ReadBuffer buffer
+        cdef Py_ssize_t total, n = 0
+        cdef TLSLayer tls = self.tls
+        broken = None
+        while self.phase <= ENDING and not self.held_back() and broken is None:
+            buffer = self.state.tls_buffer
+            if buffer is None:
+                buffer = self.state.tls_buffer = ReadBuffer(UVS_TLS_READ_SIZE)
+            total = 0
+            while total <= UVS_TLS_READ_SIZE - UVS_TLS_RECORD:
+                buffer.start = total
+                buffer.visible = UVS_TLS_READ_SIZE - total
+                try:
+                    n = tls.read(buffer.memory + total, buffer, UVS_TLS_READ_SIZE - total)
+                except SSLError as error:
+                    broken = error
+                    n = 0
+                if n <= 0:
+                    break
+                total += n
+            if total:
+                self.bytes_read += total
+                self._deliver_memory(buffer, total, 0)
+            if n <= 0:
+                break
+        if broken is not None:
+            return self._tls_failed(broken)
+        if self.phase <= ENDING and not self.fin_sent:
+            self._send_outgoing()  # what reading made OpenSSL say: key updates, alerts
+        return self._check_end()
+
+    cdef int _continue_handshake(self) except -1:
+        cdef bint done
+        try:
+            done = self.tls.handshake()
+        except (SSLError, ValueError) as error:  # ValueError: certificate with a malformed name
+            cause = getattr(self.tls.sslobj, "_uvsock_error", None)
+            if cause is not None:
+                error.__cause__ = cause
+            return self._tls_failed(error)
+        self._send_outgoing()
+        if not done:
+            return 0
+        self.deadlines().phase = 0
+        if self.phase == CONNECTING:
+            self._enter(ESTABLISHED)
+        if self.phase <= ENDING:
+            self.on_handshake(True, None)
+        if self.phase <= ENDING and not self.opened:
+            self.on_open()
+        if self.phase >= LEAVING:
+            return 0
+        self.flush_now()
+        self.check_drain()
+        self.arm_timer()
+        self.update_reading()
+        if self.phase <= ENDING and not self.held_back():
+            return self._read_tls()
+        return 0
+
+    cdef int _check_end(self) except -1:
+        """Give the end event, if the peer has ended and all it sent was delivered."""
+        if self.tls is not None and self.tls.handshaking:
+            if self.tcp_eof and self.stash is None:
+                self._tls_failed(ssl.SSLEOFError(
+                    ssl.SSL_ERROR_EOF, "the peer closed the connection during the TLS handshake"
+                ))
+            return 0
+        if self.end_given or self.phase > ENDING or self.held_back() or self.unread():
+            return 0
+        if self.broken:
+            return 0  # a send took the reset's error: the read after it looks like an orderly end
+        if self.tls is None:
+            if not self.tcp_eof:
+                return 0
+        elif not self.tls.peer_closed:
+            if not self.tcp_eof:
+                return 0
+            self.cut_off = True
+        self.end_given = True
+        if self.frames is not None:
+            self.frames.drop()  # an unfinished frame
+        return self.on_end()
+
+    cdef int after_end(self) except -1:
+        """The end event's handler has returned."""
+        self.peer_ended = True
+        if self.phase == ESTABLISHED and not self.group.allow_half_open:
+            self.begin_end()
+        return self._finish()
+
+    cdef int schedule_pump(self) except -1:
+        if not self.pump_scheduled:
+            self.pump_scheduled = True
+            self.state.loop.call_soon(self._pump, context=self.group.context)
+        return 0
+
+    def _pump(self):
+        self.pump_scheduled = False
+        self.turn += 1
+        try:
+            self.pump()
+            self.check_drain()
+        finally:
+            self.leave_turn()
+
+    cdef int pump(self) except -1:
+        """Go on with what was received while the stream was held back."""
+        cdef list waiting
+        if self.frames is not None and self.frames.more:
+            self._deliver_frames()
+        if self.tls is not None and self.phase < LEAVING:
+            if self.tls.handshaking:
+                self._continue_handshake()
+            elif not self.held_back():
+                self._read_tls()
+        while self.stash is not None and self.phase < LEAVING:
+            if self.held_back() and not (self.tls is not None and self.tls.handshaking):
+                break
+            waiting = self.stash
+            self.stash = None
+            data = waiting.pop(0)
+            self._receive(data)
+            if waiting:
+                # What the handler stashed can only be leftover of an upgrade: it came first.
+                self.stash = waiting if self.stash is None else self.stash + waiting
+        if self.phase < LEAVING:
+            self._check_end()
+        return self.update_reading()
+
+    # ── Writing ────────────────────────────────────────────────────────────────────────────────
+
+    cdef Py_ssize_t pending(self) noexcept:
+        """Bytes accepted that the kernel does not have yet, as plain text."""
+        cdef Py_ssize_t held = 0 if self.lone is None else PyBytes_GET_SIZE(self.lone)
+        if self.tls is not None or self.wire_plain:
+            return held + (0 if self.plain is None else self.plain.held()) + self.wire_plain
+        return held + (0 if self.wire is None else self.wire.held())
+
+    cdef bint _corking(self) noexcept:
+        return self.group.cork or self.corks > 0
+
+    cdef Py_ssize_t write_bytes(
+        self, const char* p, Py_ssize_t n, bint whole, bytes owner
+    ) except -2:
+        """Accept bytes: how many, or -1 once the write side is closed.
+
+        ``whole`` takes them all. ``owner`` is the object that they are all of, or None.
+        """
+        cdef Py_ssize_t taken
+        if self.phase != ESTABLISHED or self.broken:
+            return 0 if self.phase == CONNECTING and not self.broken and not whole else -1
+        if n == 0:
+            return 0
+        if self.sending and not whole:
+            return 0  # bytes in the middle of what send_all sends would tear it apart
+        try:
+            if self.tls is None:
+                taken = self._write_plain(p, n, whole, owner)
+            else:
+                taken = self._write_tls(p, n, whole, owner)
+        except SSLError as error:
+            self._tls_failed(error)
+            return -1
+        if taken > 0:
+            self.bytes_written += taken
+            if self.group.idle_timeout > 0:
+                self.deadlines().active = now()
+        return taken
+
+    cdef Py_ssize_t _write_plain(
+        self, const char* p, Py_ssize_t n, bint whole, bytes owner
+    ) except -2:
+        cdef Py_ssize_t taken
+        if self.blocked:
+            return self._hold(p, n, whole)
+        if (
+            n <= UVS_COPY_LIMIT and self._corking()
+            and n + self.pending() <= self.group.high_water_mark
+        ):
+            self._keep(p, n, owner)
+            return n
+        taken = self._send(p, n)
+        if 0 <= taken < n:
+            taken += self._hold(p + taken, n - taken, whole)
+        return taken
+
+    cdef Py_ssize_t _write_tls(
+        self, const char* p, Py_ssize_t n, bint whole, bytes owner
+    ) except -2:
+        cdef Py_ssize_t done = 0, batch
+        if self.blocked or self.tls.handshaking or self.tls.stalled:
+            return self._hold(p, n, whole)
+        if (
+            n <= UVS_COPY_LIMIT and self._corking()
+            and n + self.pending() <= self.group.high_water_mark
+        ):
+            self._keep(p, n, owner)
+            return n
+        if self.plain is not None or self.lone is not None:
+            self.flush_now()
+        while done < n and not self.blocked and not self.tls.stalled and not self.broken:
+            # The ciphertext of one batch is held if the kernel does not take it.
+            batch = min(n - done, min(UVS_TLS_BATCH, self.group.high_water_mark))
+            batch = self.tls.encrypt(p + done, batch)
+            self.wire_plain += batch
+            done += batch
+            self._send_outgoing()
+        if self.broken:
+            return -1
+        if done < n:
+            done += self._hold(p + done, n - done, whole)
+        return done
+
+    cdef char* accept_held(self, Py_ssize_t n) except? NULL:
+        if (
+            self.blocked or self.sending or n > UVS_COPY_LIMIT or n == 0 or not self._corking()
+            or n + self.pending() > self.group.high_water_mark
+        ):
+            return NULL
+        if self.lone is not None:
+            self._copy_lone(0)
+        self._flush_later()
+        self.bytes_written += n
+        if self.group.idle_timeout > 0:
+            self.deadlines().active = now()
+        return self._sink().extend(n)
+
+    cdef Py_ssize_t _hold(self, const char* p, Py_ssize_t n, bint whole) except -1:
+        """Keep what the kernel would not take, as far as it is allowed."""
+        if not whole:
+            if not self._corking():
+                return 0
+            n = min(n, self.group.high_water_mark - self.pending())
+        if n <= 0:
+            return 0
+        self._append(p, n)
+        return n
+
+    cdef int _keep(self, const char* p, Py_ssize_t n, bytes owner) except -1:
+        """Hold these until the turn ends, as they are if they are the first."""
+        if (
+            owner is None or self.lone is not None
+            or (self.wire is not None if self.tls is None else self.plain is not None)
+        ):
+            return self._append(p, n)
+        self.lone = owner
+        return self._flush_later()
+
+    cdef BufferSink _sink(self):
+        """Where accepted bytes are held: plain text for TLS, else bytes for the kernel."""
+        if self.tls is not None:
+            if self.plain is None:
+                self.plain = self.state.take_sink()
+            return self.plain
+        if self.wire is None:
+            self.wire = self.state.take_sink()
+        return self.wire
+
+    cdef int _append(self, const char* p, Py_ssize_t n) except -1:
+        """Copy to the end of what is held."""
+        if self.lone is not None:
+            self._copy_lone(0)
+        self._sink().append(p, n)
+        return self._flush_later()
+
+    cdef int _copy_lone(self, Py_ssize_t start) except -1:
+        lone = self.lone
+        self.lone = None
+        self._sink().append(PyBytes_AS_STRING(lone) + start, PyBytes_GET_SIZE(lone) - start)
+        return 0
+
+    cdef int _flush_later(self) except -1:
+        if self.turn == 0 and self.corks == 0 and not self.dirty and not self.blocked:
+            self.state.add_dirty(self)
+        return 0
+
+    cdef Py_ssize_t _send(self, const char* p, Py_ssize_t n) except -2:
+        """Give the kernel the held bytes and then these, in one call; how many of these it took.
+
+        -1 when the connection is broken. The only place that sends.
+        """
+        cdef const char* head = NULL
+        cdef Py_ssize_t held = 0, sent
+        cdef int code, retries = 0
+        cdef iovec parts[2]
+        cdef msghdr message
+        cdef bint lone = self.lone is not None and self.tls is None
+        if lone:
+            head = PyBytes_AS_STRING(self.lone)
+            held = PyBytes_GET_SIZE(self.lone)
+        elif self.wire is not None:
+            head = self.wire.head()
+            held = self.wire.held()
+        if held + n == 0:
+            return 0
+        while True:
+            if held == 0:
+                sent = send(self.fd, p, n, MSG_NOSIGNAL | MSG_DONTWAIT)
+            elif n == 0:
+                sent = send(self.fd, head, held, MSG_NOSIGNAL | MSG_DONTWAIT)
+            else:
+                memset(&message, 0, sizeof(message))
+                parts[0].iov_base = <void*>head
+                parts[0].iov_len = held
+                parts[1].iov_base = <void*>p
+                parts[1].iov_len = n
+                message.msg_iov = parts
+                message.msg_iovlen = 2
+                sent = sendmsg(self.fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
+            if sent >= 0:
+                break
+            code = errno
+            if code == EAGAIN or code == ENOBUFS:
+                sent = 0
+                break
+            if code == EINTR or code == EPROTOTYPE:
+                # macOS says EPROTOTYPE while a socket is being shut down; the next try says EPIPE.
+                retries += 1
+                if retries < UVS_SEND_RETRIES:
+                    continue
+            self._broken(code)
+            return -1
+        if sent < held + n:
+            self.arm_writer()
+        if (
+            sent > 0 and self.phase >= ENDING
+            and self._deadlines is not None and self._deadlines.phase
+        ):
+            # The peer reads: it is alive.
+            self._deadlines.phase = now() + self.linger()
+        if lone:
+            if sent < held:
+                self._copy_lone(sent)
+            self.lone = None
+        elif held:
+            self.wire.consume(min(held, sent))
+            if sent >= held:
+                self.state.give_sink(self.wire)
+                self.wire = None
+        return max(sent - held, 0)
+
+    cdef int _send_outgoing(self) except -1:
+        """Send what OpenSSL has written."""
+        cdef Py_ssize_t n, taken = 0
+        data = self.tls.take()
+        if data is None:
+            return 0
+        if self.fin_sent or self.broken or self.fd < 0:
+            return 0
+        n = len(data)
+        if not self.blocked:
+            taken = self._send(PyBytes_AS_STRING(data), n)
+            if taken < 0:
+                return 0
+        if taken < n:
+            if self.wire is None:
+                self.wire = self.state.take_sink()
+            self.wire.append(PyBytes_AS_STRING(data) + taken, n - taken)
+        elif self.wire is None:
+            self.wire_plain = 0
+        return 0
+
+    cdef int flush_now(self) except -1:
+        """Send what is held, as far as the kernel takes it."""
+        cdef Py_ssize_t batch
+        if self.blocked or self.broken or self.fd < 0 or self.phase >= LEAVING:
+            return 0
+        if self.wire is not None or (self.lone is not None and self.tls is None):
+            if self._send(NULL, 0) < 0:
+                return 0
+            if self.wire is None:
+                self.wire_plain = 0
+        if (
+            self.tls is not None and not self.tls.handshaking and not self.tls.stalled
+            and not self.blocked
+        ):
+            try:
+                if self.lone is not None and not self.broken:
+                    batch = self.tls.encrypt_bytes(self.lone)
+                    self.wire_plain += batch
+                    if batch < PyBytes_GET_SIZE(self.lone):
+                        self._copy_lone(batch)
+                    self.lone = None
+                    self._send_outgoing()
+                while (
+                    self.plain is not None
+                    and not self.blocked and not self.tls.stalled and not self.broken
+                ):
+                    batch = min(self.plain.held(), UVS_TLS_BATCH)
+                    batch = self.tls.encrypt(self.plain.head(), batch)
+                    self.plain.consume(batch)
+                    self.wire_plain += batch
+                    if self.plain.held() == 0:
+                        self.state.give_sink(self.plain)
+                        self.plain = None
+                    self._send_outgoing()
+            except SSLError as error:
+                return self._tls_failed(error)
+        if (
+            not self.blocked and not self.broken
+            and self.wire is None and self.plain is None and self.lone is None
+        ):
+            return self._flushed()
+        return 0
+
+    cdef int _flushed(self) except -1:
+        """All that was accepted is with the kernel."""
+        if self.phase >= ENDING and not self.fin_sent:
+            self._send_fin()
+        if self.write_waiters is not None and not self.blocked:
+            self.wake_writers()
+        return 0
+
+    cdef int leave_turn(self) except -1:
+        self.turn -= 1
+        if self.turn == 0 and self.corks == 0 and (
+            self.lone is not None or self.wire is not None or self.plain is not None
+            or (self.phase >= ENDING and not self.fin_sent)
+        ):
+            self.flush_now()
+        return 0
+
+    cdef int arm_writer(self) except -1:
+        """Call `_writable` when the kernel takes bytes again."""
+        self.blocked = True
+        if self.writer_fd >= 0:
+            return 0
+        # uvloop lets nobody watch a descriptor that a transport owns, so a duplicate is watched.
+        self.writer_fd = fcntl(self.fd, F_DUPFD_CLOEXEC, 0)
+        if self.writer_fd < 0:
+            self.state.loop.call_later(UVS_RETRY_DELAY, self._on_writable)
+            return 0
+        self.state.loop.add_writer(self.writer_fd, self._on_writable)
+        return 0
+
+    cdef void _disarm_writer(self):
+        if self.writer_fd >= 0:
+            # In this order: libuv must not be left watching a closed descriptor. And before the
+            # transport closes its own: a reset or FIN leaves with the last duplicate.
+            if not self.state.loop.is_closed():
+                self.state.loop.remove_writer(self.writer_fd)
+            close_descriptor(self.writer_fd)
+            self.writer_fd = -1
+
+    def _on_writable(self):
+        # add_writer takes no context.
+        self.group.context.run(self._writable)
+
+    def _writable(self):
+        if not self.blocked or self.phase >= LEAVING:
+            return
+        self.blocked = False
+        self.turn += 1
+        try:
+            self.flush_now()
+            if not self.blocked:
+                self.wake_writers()
+                self.check_drain()
+        finally:
+            self.leave_turn()
+        if not self.blocked:
+            self._disarm_writer()
+
+    cdef int check_drain(self) except -1:
+        """Give the drain event that a short write is owed, if everything has left."""
+        if (
+            self.short_write and not self.blocked and not self.sending and not self.broken
+            and self.phase == ESTABLISHED and self.opened and self.pending() == 0
+        ):
+            self.short_write = False
+            return self.on_drain()
+        return 0
+
+    cdef int wake_writers(self) except -1:
+        waiters = self.write_waiters
+        self.write_waiters = None
+        if waiters is not None:
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+        return 0
+
+    # ── Ending ─────────────────────────────────────────────────────────────────────────────────
+
+    cdef int _enter(self, Phase phase) except -1:
+        if phase > self.phase:
+            self.phase = phase
+        return 0
+
+    cdef int begin_end(self) except -1:
+        """End the own side once everything accepted has left; go on reading."""
+        if self.phase > ESTABLISHED:
+            return 0
+        self._enter(ENDING)
+        if self.pending():
+            self.limit_phase(self.linger())
+        if self.turn == 0 and self.corks == 0:
+            self.flush_now()
+        return 0
+
+    cdef int begin_close(self) except -1:
+        """Deliver what was accepted, drop what comes in, then close."""
+        if self.phase >= CLOSING:
+            return 0
+        if self.phase == CONNECTING:
+            self._enter(CLOSING)  # nothing was accepted yet, and nobody is told of the handshake
+            return self.begin_abort(None, False)
+        self._enter(CLOSING)
+        if self.tls is not None and not self.tls.handshaking:
+            for data in self.stash or ():
+                self.tls.feed(data)  # dropped, but not what comes behind it
+        self.stash = None
+        self.peer_ended = self.tcp_eof or (self.tls is not None and self.tls.peer_closed)
+        self.limit_phase(self.linger())
+        self.update_reading()
+        if self.turn == 0 and self.corks == 0:
+            self.flush_now()
+        return self._finish()
+
+    cdef int begin_abort(self, object error, bint reset) except -1:
+        """Drop everything and close the transport; with ``reset`` the peer gets an RST."""
+        cdef linger_option option
+        if self.phase >= LEAVING:
+            return 0
+        if error is not None and self.error is None:
+            self.error = error
+        if self.tls is not None and self.tls.handshaking and not self.handshake_told:
+            self.handshake_told = True
+            self.broken = True  # a write in the handler is refused
+            self.group.handshake_failures += 1
+            if self.phase <= ENDING:
+                self.on_handshake(False, _handshake_error(error))
+            if self.phase >= LEAVING:
+                return 0
+        if reset and self.fd >= 0:
+            option.l_onoff = 1
+            option.l_linger = 0
+            setsockopt(self.fd, SOL_SOCKET, SO_LINGER, &option, sizeof(option))
+        self._leave()
+        return self.drop_transport()
+
+    cdef int _leave(self) except -1:
+        """The transport is about to be closed: connection_lost follows in the next iteration."""
+        self._enter(LEAVING)
+        self._disarm_writer()
+        self._drop_output()
+        self.stash = None
+        return self.wake_writers()
+
+    cdef void _drop_output(self):
+        self.lone = None
+        self.wire = None
+        self.plain = None
+        self.wire_plain = 0
+        self.blocked = False
+
+    cdef int begin_tls(
+        self, object context, bint server_side, object server_hostname, double timeout
+    ) except -1:
+        """Put a TLS layer on the stream; `_continue_handshake` starts the handshake."""
+        cdef Py_ssize_t held = self.pending()
+        if self.lone is not None:
+            self._copy_lone(0)
+        self.tls = TLSLayer(context, server_side, server_hostname)
+        self.wire_plain = held  # written before: it leaves as it is, ahead of the handshake
+        self.limit_phase(timeout)
+        return self.update_reading()
+
+    cdef int _send_fin(self) except -1:
+        """Everything accepted has left: say that nothing follows."""
+        if self.tls is not None:
+            if self.tls.handshaking:
+                if self.phase == ENDING:
+                    return 0  # the peer's data is still wanted, so the handshake goes on first
+            else:
+                try:
+                    self.tls.notify(self.phase == ENDING)
+                except SSLError as error:
+                    return self._tls_failed(error)
+                self._send_outgoing()
+                if self.blocked or self.broken:
+                    return 0
+                if self.phase == ENDING:
+                    self.schedule_pump()  # for what had to be decrypted first
+        self.shut_down()
+        self.fin_sent = True
+        if self.phase == CLOSING:
+            self.limit_phase(self.linger())
+        elif self._deadlines is not None:
+            self._deadlines.phase = 0
+        return self._finish()
+
+    cdef int shut_down(self) except -1:
+        """Send the FIN."""
+        if not (self.peer_ended and self.tcp_eof):  # else the descriptor's close follows at once
+            # Fails only on a connection that is gone, which reading reports.
+            shutdown(self.fd, SHUT_WR)
+        return 0
+
+    cdef int _finish(self) except -1:
+        """Close the transport once both sides have ended."""
+        if self.fin_sent and self.peer_ended and self.phase < LEAVING:
+            self._leave()
+            return self.drop_transport()
+        return 0
+
+    cdef int drop_transport(self) except -1:
+        """Have uvloop close the descriptor; connection_lost follows."""
+        if self.transport is not None:
+            self.transport.abort()  # its own buffer is always empty
+        return 0
+
+    cdef double linger(self) noexcept:
+        """Seconds that what was accepted has to leave, and then the peer to end its side."""
+        return self.group.linger_timeout
+
+    cdef int _broken(self, int code) except -1:
+        """A send failed. What was received before that is still delivered."""
+        self.broken = True
+        if self.error is None:
+            self.error = OSError(code, os.strerror(code))
+        self._drop_output()
+        self._disarm_writer()
+        self.wake_writers()
+        if self.phase >= CLOSING or (self.tcp_eof and not self.held_back()):
+            return self.begin_abort(self.error, False)
+        self.limit_phase(0 if self.tcp_eof else UVS_BROKEN_GRACE)
+        return self.update_reading()
+
+    cdef int _end_pause(self) except -1:
+        """The connection is gone: what it brought before that is still the handler's."""
+        if self.phase <= ENDING and not self.busy and (self.paused or self.unread()):
+            self.paused = False
+            self.pump()
+        return 0
+
+    cdef int _give_up(self) except -1:
+        """Close a connection whose send failed."""
+        self._end_pause()
+        return self.begin_abort(self.error, False)
+
+    cdef int _tls_failed(self, object error) except -1:
+        """The handshake failed, or the session broke."""
+        if self.phase >= LEAVING:
+            return 0
+        self._send_outgoing()  # the alert that tells the peer why
+        if not self.tls.handshaking and not self.handshake_told:
+            self.handshake_told = True
+            self.broken = True  # a write in the handler is refused
+            if self.error is None:
+                self.error = error
+            if self.phase <= ENDING:
+                self.on_tls_error(error)
+        return self.begin_abort(error, False)
+
+    cdef int begin_closed(self) except -1:
+        """The connection is gone; the last event comes now."""
+        self._enter(CLOSED)
+        self._drop_deadlines()
+        return self.group.remove(self)
+
+    cdef int end_closed(self) except -1:
+        """The last event is over: nothing refers to the stream from here on."""
+        self.group.forget(self)
+        return self.wake_writers()
+
+    # ── Time ───────────────────────────────────────────────────────────────────────────────────
+
+    cdef Deadlines deadlines(self):
+        if self._deadlines is None:
+            self._deadlines = Deadlines.__new__(Deadlines)
+        return self._deadlines
+
+    cdef int limit_phase(self, double seconds) except -1:
+        """Call `_phase_expired` after so many seconds, unless the limit is lifted before."""
+        if seconds == INFINITY:
+            return 0
+        self.deadlines().phase = now() + seconds
+        return self.arm_timer()
+
+    cdef int arm_timer(self) except -1:
+        """Have the one timer fire no later than the earliest deadline."""
+        cdef Deadlines due = self._deadlines
+        cdef double earliest, idle
+        if due is None or self.phase >= LEAVING:
+            return 0
+        earliest = due.phase
+        if due.timeout and (not earliest or due.timeout < earliest):
+            earliest = due.timeout
+        if self.group.idle_timeout > 0 and self.opened and self.phase <= ENDING:
+            idle = due.active + self.group.idle_timeout
+            if not earliest or idle < earliest:
+                earliest = idle
+        if not earliest:
+            return self._drop_deadlines()
+        if due.timer is not None:
+            if due.timer_at <= earliest:
+                return 0  # it fires early, finds nothing due and is armed anew: cheaper
+            due.timer.cancel()
+        due.timer_at = earliest
+        due.timer = self.state.loop.call_later(
+            max(earliest - now(), 0.0), self._on_timer, context=self.group.context
+        )
+        return 0
+
+    cdef int _drop_deadlines(self) except -1:
+        if self._deadlines is not None:
+            if self._deadlines.timer is not None:
+                self._deadlines.timer.cancel()
+            self._deadlines = None
+        return 0
+
+    def _on_timer(self):
+        cdef Deadlines due = self.deadlines()
+        cdef double t = now() + UVS_TIMER_SLACK
+        due.timer = None
+        if self.phase >= LEAVING:
+            return
+        self.turn += 1
+        try:
+            if due.phase and due.phase <= t:
+                due.phase = 0
+                self._phase_expired()
+            if self.opened and self.phase <= ENDING:
+                if due.timeout and due.timeout <= t:
+                    due.timeout = 0
+                    self.on_timeout()
+                elif self.group.idle_timeout > 0 and due.active + self.group.idle_timeout <= t:
+                    due.active = t
+                    self.on_timeout()
+        finally:
+            self.leave_turn()
+        self.arm_timer()
+
+    def _phase_expired(self):
+        if self.broken:
+            self._give_up()
+        elif self.tls is not None and self.tls.handshaking and self.phase <= ENDING:
+            self._tls_failed(ssl.SSLError(
+                ssl.SSL_ERROR_SSL,
+                f"the TLS handshake took longer than {self.group.handshake_timeout:g} seconds",
+            ))
+        elif not self.fin_sent:
+            # An RST, because a FIN would tell the peer that it has everything.
+            self.begin_abort(
+                TimeoutError(
+                    ETIMEDOUT,
+                    f"{self.pending()} bytes were not taken by the peer within linger_timeout "
+                    f"({self.group.linger_timeout:g} seconds)",
+                ),
+                True,
+            )
+        else:
+            self._leave()
+            self.drop_transport()
+
+    def _set_options(self):
+        if self.tcp and not self.group.no_delay:
+            set_no_delay(self.fd, False)  # uvloop turns it on for every TCP transport
+        if self.tcp and self.group.keep_alive >= 0:
+            set_keep_alive(self.fd, True, self.group.keep_alive)
+        if self.group.idle_timeout > 0:
+            self.deadlines().active = now()
+
+
+cdef int get_error(int fd) noexcept:
+    """The error that the connection failed with: 0 for none, and for a reset after the end."""
+    cdef int code = 0
+    cdef socklen_t size = sizeof(code)
+    if getsockopt(fd, SOL_SOCKET, SO_ERROR, &code, &size) != 0 or code == EPIPE:
+        return 0
+    return code
+
+
+cdef bint set_keep_alive(int fd, bint enable, double delay) noexcept:
+    cdef int value = enable
+    if setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &value, sizeof(value)) != 0:
+        return False
+    if enable and delay > 0:
+        value = <int>delay if delay >= 1 else 1  # the system counts whole seconds
+        return setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &value, sizeof(value)) == 0
+    return True
+
+
+cdef bint set_no_delay(int fd, bint enable) noexcept:
+    cdef int value = enable
+    return setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &value, sizeof(value)) == 0

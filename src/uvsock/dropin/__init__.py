@@ -1,0 +1,1 @@
+"""What runs asyncio's own programs on uvsock: the loop, its transports and the streams."""

@@ -1,0 +1,51 @@
+# asyncio's transports on the socket core. A transport is the Stream itself: it calls asyncio's
+# protocol where a Socket calls handlers.
+
+from uvsock._stream cimport Stream, StreamGroup
+
+
+cdef class CompiledProtocol:
+    # A protocol that gets its bytes by a C call instead of `data_received`.
+    cdef int bytes_received(self, const char* data, Py_ssize_t size) except -1
+
+
+cdef class TransportGroup(StreamGroup):
+    # What the transports of one server, or one connection, share.
+    cdef object protocol_factory
+    cdef object server                  # asyncio's, or None
+
+
+cdef class Transport(Stream):
+    cdef object __weakref__
+    cdef dict __dict__                  # methods can be replaced, as programs and tests do
+    cdef object protocol
+    cdef object received                # its `data_received`, or None
+    cdef object get_buffer              # of a BufferedProtocol, else None
+    cdef object buffer_updated
+    cdef bytes rest                     # received, and not taken by a BufferedProtocol that paused
+    cdef CompiledProtocol compiled      # the protocol, if it is one
+    cdef object opening                 # Future: connection_made has returned, or why not
+    cdef Py_ssize_t high                # pause_writing above this many bytes held
+    cdef Py_ssize_t low                 # resume_writing at this many or fewer
+    cdef double handshake_timeout       # seconds
+    cdef double shutdown_timeout        # seconds that a TLS peer has to end its side too
+    cdef bint writing_paused
+    cdef bint attached                  # counted by the server
+    # buffer_updated() of the protocol whose own buffer the running read goes to, else None.
+    cdef object lender
+    cdef bint lending                   # get_buffer() runs, within uvloop's read
+    cdef bint failed                    # it could not be had: the read goes to nobody
+
+    cdef int write_from(self, const char* data, Py_ssize_t size, bytes owner) except -1
+    cdef int flush(self) except -1
+    cdef int _use(self, object protocol) except -1
+    cdef int _face(self) except -1
+    cdef object _lend(self)
+    cdef int _settle_later(self) except -1
+    cdef int _fill(self, const char* data, Py_ssize_t size) except -1
+    cdef int _pause_writing(self) except -1
+    cdef int _resume_writing(self) except -1
+    cdef int _close(self) except -1
+    cdef int _opened(self, object error) except -1
+    cdef int _report(self, str message, object error) except -1
+    cdef int _failed(self, str method, object error) except -1

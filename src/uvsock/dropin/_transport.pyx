@@ -1,0 +1,803 @@
+"""asyncio's transports: the whole of its interface, on the socket core."""
+
+import asyncio
+import contextvars
+import inspect
+import ssl
+
+cimport cython
+from cpython.buffer cimport (
+    PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
+)
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
+from libc.math cimport INFINITY
+from libc.string cimport memcpy
+
+from uvsock._framing cimport AS_BYTES
+from uvsock._stream cimport (
+    CLOSING, ENDING, ESTABLISHED, LEAVING, ReadBuffer, Stream, StreamGroup,
+)
+
+cdef enum:
+    # asyncio's own defaults (asyncio.constants.FLOW_CONTROL_HIGH_WATER_MARK_SSL_WRITE aside).
+    UVS_HIGH_WATER = 65536
+    # Bytes that are held, within one callback, before the first of them is sent.
+    UVS_CORK_LIMIT = 65536
+
+# Seconds: asyncio's.
+cdef double UVS_TLS_HANDSHAKE = 60.0
+cdef double UVS_TLS_SHUTDOWN = 30.0
+
+cdef tuple ENDING_THE_RUN = (KeyboardInterrupt, SystemExit)
+
+# Up to Python 3.12 a server counts its connections, from 3.13 on it knows them.
+cdef bint SERVER_KNOWS_TRANSPORTS = (
+    "transport" in inspect.signature(asyncio.base_events.Server._attach).parameters
+)
+
+
+def _raise_again(error):
+    raise error
+
+
+def _positive(name, value, default):
+    if value is None:
+        return default
+    if not value > 0:
+        raise ValueError(f"{name} should be a positive number, got {value}")
+    return value
+
+
+class _PlainTransport(asyncio.Transport):
+    """The class that a transport says it is of: asyncio.Transport cannot be inherited from in C."""
+
+    __slots__ = ()
+
+
+class _SSLTransport(asyncio.Transport):
+    """The same with TLS."""
+
+    __slots__ = ()
+
+
+_PlainTransport.__name__ = _PlainTransport.__qualname__ = "Transport"
+_SSLTransport.__name__ = _SSLTransport.__qualname__ = "SSLTransport"
+
+
+cdef class CompiledProtocol:
+    """Base of a protocol that gets its bytes by a C call instead of ``data_received``."""
+
+    cdef int bytes_received(self, const char* data, Py_ssize_t size) except -1:
+        raise TypeError(f"{type(self).__name__} does not define bytes_received()")
+
+
+cdef class BufferedFace:
+    """What uvloop sees of a transport that says where a read is to go."""
+
+    cdef Transport transport
+
+    def __cinit__(self, Transport transport):
+        self.transport = transport
+
+    @cython.binding(False)
+    def get_buffer(self, hint):
+        return self.transport._lend()
+
+    @cython.binding(False)
+    def buffer_updated(self, Py_ssize_t n):
+        self.transport._filled(n)
+
+    def eof_received(self):
+        return self.transport.eof_received()
+
+    def connection_lost(self, exc):
+        self.transport.connection_lost(exc)
+
+    def pause_writing(self):
+        self.transport.pause_writing()
+
+    def resume_writing(self):
+        self.transport.resume_writing()
+
+
+cdef class TransportGroup(StreamGroup):
+    """What the transports of one server, or one connection, share. Calling it makes a transport."""
+
+    def __init__(self, state, *, tls_context=None, server_side=False, server_hostname=None,
+                 protocol_factory=None, server=None, handshake_timeout=None,
+                 shutdown_timeout=None):
+        self.state = state
+        self.context = contextvars.copy_context()
+        self.tls_context = tls_context
+        self.server_side = server_side
+        self.server_hostname = server_hostname
+        self.protocol_factory = protocol_factory
+        self.server = server
+        self.handshake_timeout = _positive(
+            "ssl_handshake_timeout", handshake_timeout, UVS_TLS_HANDSHAKE)
+        self.linger_timeout = _positive(
+            "ssl_shutdown_timeout", shutdown_timeout, UVS_TLS_SHUTDOWN)
+        self.allow_half_open = True  # eof_received says
+        self.cork = True
+        self.no_delay = True
+        self.delivery = AS_BYTES
+        self.high_water_mark = UVS_CORK_LIMIT
+        self.keep_alive = -1.0
+        self.idle_timeout = 0.0
+
+    def __call__(self):
+        cdef Transport transport = Transport.__new__(Transport)
+        transport.group = self
+        transport.state = self.state
+        transport.unreferenced = True
+        transport.high = UVS_HIGH_WATER
+        transport.low = UVS_HIGH_WATER // 4
+        transport.handshake_timeout = self.handshake_timeout
+        transport.shutdown_timeout = self.linger_timeout
+        return transport
+
+
+cdef class Transport(Stream):
+    """A connection over TCP, a Unix socket or TLS, as asyncio's programs use it."""
+
+    def __init__(self):
+        raise TypeError("a Transport is made by the event loop")
+
+    @property
+    def __class__(self):
+        return _PlainTransport if self.tls is None else _SSLTransport
+
+    def __repr__(self):
+        cdef list parts = ["uvsock." + self.__class__.__name__]
+        if self.phase >= LEAVING and self.fd < 0:
+            parts.append("closed")
+        else:
+            if self.phase >= CLOSING:
+                parts.append("closing")
+            parts.append(f"fd={self.fd}")
+            parts.append("read=" + ("polling" if self.is_reading() else "idle"))
+            parts.append(f"write=<{'polling' if self.blocked else 'idle'}, "
+                         f"bufsize={self.pending()}>")
+        return f"<{' '.join(parts)}>"
+
+    # ── Opening ────────────────────────────────────────────────────────────────────────────────
+
+    def _open_for(self, protocol):
+        """A client's: a Future that is done when ``connection_made`` has returned."""
+        self._use(protocol)
+        self.opening = self.state.loop.create_future()
+        return self.opening
+
+    def _start_reading(self):
+        """The caller of create_connection() has its transport: data may come."""
+        self.busy = False
+        if self.phase < LEAVING:
+            self.schedule_pump()
+
+    def _drop(self, error=None):
+        """The attempt that this was made for has failed or was cancelled."""
+        self.opening = None
+        if self.transport is None:
+            self._enter(LEAVING)
+        else:
+            self.begin_abort(error, False)
+
+    def connection_made(self, transport):
+        cdef TransportGroup group = <TransportGroup>self.group
+        if group.server is not None and not group.stopped:
+            try:
+                self._use(group.protocol_factory())
+            except BaseException as error:
+                self._enter(LEAVING)
+                if isinstance(error, ENDING_THE_RUN):
+                    self.state.loop.call_soon(_raise_again, error)
+                else:
+                    self.state.loop.call_exception_handler({
+                        "message": "Error on transport creation for incoming connection",
+                        "exception": error,
+                    })
+            else:
+                self.attached = True
+                if SERVER_KNOWS_TRANSPORTS:
+                    group.server._attach(self)
+                else:
+                    group.server._attach()
+        Stream.connection_made(self, transport)
+
+    cdef int on_open(self) except -1:
+        self.opened = True
+        self.busy = self.opening is not None
+        try:
+            self.protocol.connection_made(self)
+        except BaseException as error:
+            if isinstance(error, ENDING_THE_RUN):
+                self.state.loop.call_soon(_raise_again, error)
+            elif self.tls is not None:
+                # As asyncio: with TLS the connection ends, without it goes on.
+                if self.opening is None:
+                    self._report("Fatal error: protocol.connection_made() call failed.", error)
+                self._opened(error)
+                return self.begin_abort(error, False)
+            else:
+                self._report("protocol.connection_made() failed", error)
+        if self.phase < LEAVING:
+            self._face()
+        return self._opened(None)
+
+    cdef int _opened(self, object error) except -1:
+        """Tell who waits for the connection, or for its upgrade."""
+        opening = self.opening
+        self.opening = None
+        if opening is not None and not opening.done():
+            if error is None:
+                opening.set_result(None)
+            else:
+                opening.set_exception(error)
+        return 0
+
+    cdef int on_handshake(self, bint success, object error) except -1:
+        if success:
+            return self._opened(None) if self.opened else 0
+        if isinstance(error, ssl.SSLEOFError) or error is None:
+            # Nothing that OpenSSL said: the connection broke.
+            cause = error.__cause__ if error is not None else None
+            error = cause if cause is not None else ConnectionResetError(
+                "the peer closed the connection during the TLS handshake")
+        if self.opening is None and self.state.loop.get_debug():
+            self._report("SSL handshake failed", error)
+        if self.opened:
+            self.error = error  # an upgrade's: connection_lost tells
+        return self._opened(error)
+
+    # ── Reading ────────────────────────────────────────────────────────────────────────────────
+
+    cdef int _use(self, object protocol) except -1:
+        self.protocol = protocol
+        self.compiled = protocol if isinstance(protocol, CompiledProtocol) else None
+        # By what it has, not by its base class: programs derive from BaseProtocol only.
+        if hasattr(protocol, "get_buffer") and not isinstance(protocol, asyncio.Protocol):
+            self.get_buffer = protocol.get_buffer
+            self.buffer_updated = protocol.buffer_updated
+            self.received = None
+        else:
+            self.get_buffer = self.buffer_updated = None
+            self.received = getattr(protocol, "data_received", None)
+        return 0
+
+    cdef int _face(self) except -1:
+        """Have uvloop read into a buffer where that saves a copy."""
+        if self.lending:
+            return self._settle_later()
+        if self.get_buffer is not None or self.compiled is not None:
+            self.transport.set_protocol(BufferedFace(self))
+        elif self.transport.get_protocol() is not self:
+            self.transport.set_protocol(self)
+        return 0
+
+    def get_protocol(self):
+        """The protocol that events go to."""
+        return self.protocol
+
+    def set_protocol(self, protocol):
+        """Have another protocol get the events from here on."""
+        self._use(protocol)
+        if self.transport is not None and self.phase < LEAVING:
+            self._face()
+            self.update_reading()
+
+    cdef object _lend(self):
+        self.lender = None
+        if (
+            self.get_buffer is None or self.tls is not None or self.stash is not None
+            or self.held_back() or self.phase > ENDING or self.failed
+        ):
+            return self.lend_buffer()
+        lender = self.buffer_updated
+        self.lending = True
+        try:
+            lent = self.get_buffer(-1)
+            if not _writable_size(lent):
+                raise RuntimeError("get_buffer() returned an empty buffer")
+        except BaseException as error:
+            self.failed = True
+            self.state.loop.call_soon(self._no_buffer, error, context=self.group.context)
+            return self.lend_buffer()
+        finally:
+            self.lending = False
+        self.lender = lender
+        return lent
+
+    cdef int _settle_later(self) except -1:
+        # libuv crashes if its handle stops reading while it asks where to read to.
+        self.state.loop.call_soon(self._settle, context=self.group.context)
+        return 0
+
+    def _settle(self):
+        if self.phase >= LEAVING:
+            self.drop_transport()
+        else:
+            self._face()
+            self.update_reading()
+
+    cdef int update_reading(self) except -1:
+        return self._settle_later() if self.lending else Stream.update_reading(self)
+
+    cdef int drop_transport(self) except -1:
+        return self._settle_later() if self.lending else Stream.drop_transport(self)
+
+    def _no_buffer(self, error):
+        self._failed("get_buffer", error)
+
+    @cython.binding(False)
+    def _filled(self, Py_ssize_t n):
+        lender = self.lender
+        if lender is None:
+            if not self.failed:
+                self.received_in_buffer(n)
+            return
+        self.lender = None
+        if self.phase > ENDING:
+            return  # get_buffer() has closed the connection
+        self.bytes_read += n
+        self.turn += 1
+        try:
+            lender(n)
+        except BaseException as error:
+            self._failed("buffer_updated", error)
+        finally:
+            self.leave_turn()
+
+    cdef int _deliver_memory(self, ReadBuffer buffer, Py_ssize_t n, int own_exports) except -1:
+        if self.compiled is not None:
+            try:
+                self.compiled.bytes_received(buffer.memory, n)
+            except BaseException as error:
+                self._failed("bytes_received", error)
+            return 0
+        if self.get_buffer is not None:
+            return self._fill(buffer.memory, n)
+        return Stream._deliver_memory(self, buffer, n, own_exports)
+
+    cdef int on_data(self, object data) except -1:
+        if self.received is not None and self.compiled is None:
+            try:
+                self.received(data)
+            except BaseException as error:
+                self._failed("data_received", error)
+            return 0
+        if self.compiled is not None:
+            try:
+                self.compiled.bytes_received(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+            except BaseException as error:
+                self._failed("bytes_received", error)
+            return 0
+        return self._fill(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+
+    cdef int _fill(self, const char* data, Py_ssize_t size) except -1:
+        """Copy to the protocol's buffers, as many as that takes."""
+        cdef Py_buffer view
+        cdef Py_ssize_t n
+        while size > 0 and self.phase <= ENDING:
+            if self.get_buffer is None:
+                # buffer_updated() has set another protocol.
+                return self.on_data(data[:size])
+            if self.paused:
+                self.rest = data[:size]  # ... or has paused
+                return 0
+            updated = self.buffer_updated  # get_buffer() may set another protocol
+            try:
+                lent = self.get_buffer(size)
+                if not _writable_size(lent):
+                    raise RuntimeError("get_buffer() returned an empty buffer")
+                if self.phase > ENDING:
+                    return 0  # get_buffer() has closed the connection
+                PyObject_GetBuffer(lent, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+            except BaseException as error:
+                return self._failed("get_buffer", error)
+            n = min(size, view.len)
+            memcpy(view.buf, data, n)
+            PyBuffer_Release(&view)
+            data += n
+            size -= n
+            try:
+                updated(n)
+            except BaseException as error:
+                return self._failed("buffer_updated", error)
+        return 0
+
+    cdef bint held_back(self) noexcept:
+        # What it had no room for comes first.
+        return self.paused or self.busy or self.rest is not None
+
+    cdef int pump(self) except -1:
+        rest = self.rest
+        if rest is not None and not self.paused and not self.busy:
+            self.rest = None
+            self.on_data(rest)
+        return Stream.pump(self)
+
+    cdef int on_end(self) except -1:
+        try:
+            keep_open = self.protocol.eof_received()
+        except BaseException as error:
+            return self._failed("eof_received", error)
+        self.peer_ended = True
+        if not keep_open:
+            return self._close()
+        return 0
+
+    def pause_reading(self):
+        """Stop reading: no more data and no end until ``resume_reading``."""
+        if not self.paused and self.phase < CLOSING:
+            self.paused = True
+            self.update_reading()
+
+    def resume_reading(self):
+        """Undo ``pause_reading``; what has arrived meanwhile comes in the next iteration."""
+        if self.paused and self.phase < CLOSING:
+            self.paused = False
+            if self.transport is not None:
+                self.schedule_pump()
+
+    def is_reading(self):
+        """Whether data is being received."""
+        return not self.paused and self.phase < CLOSING
+
+    # ── Writing ────────────────────────────────────────────────────────────────────────────────
+
+    @cython.binding(False)
+    def write(self, data):
+        """Send bytes, in order, when the running callback returns or the iteration ends.
+
+        Raises:
+            TypeError: not a bytes-like object.
+            RuntimeError: after ``write_eof``, or while a file is sent.
+        """
+        cdef Py_buffer view
+        if PyBytes_CheckExact(data):
+            self.write_from(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), data)
+            return
+        if not PyObject_CheckBuffer(data):
+            raise TypeError(
+                f"data argument must be a bytes-like object, not {type(data).__name__!r}"
+            )
+        if isinstance(data, memoryview) and not data.c_contiguous:
+            data = data.tobytes()
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            self.write_from(<const char*>view.buf, view.len, None)
+        finally:
+            PyBuffer_Release(&view)
+
+    def writelines(self, list_of_data):
+        """Send several chunks of bytes, from any iterable; none if one of them is wrong."""
+        cdef list chunks = list(list_of_data)
+        for index, chunk in enumerate(chunks):
+            if not PyObject_CheckBuffer(chunk):
+                raise TypeError(f"sequence item {index}: expected a bytes-like object, "
+                                f"{type(chunk).__name__} found")
+        for chunk in chunks:
+            self.write(chunk)
+
+    cdef int write_from(self, const char* data, Py_ssize_t size, bytes owner) except -1:
+        """Take these bytes; ``owner`` is the object that they are all of, or None."""
+        if self.phase == ENDING:
+            raise RuntimeError("Cannot call write() after write_eof()")
+        if self.sending:
+            raise RuntimeError("unable to write; sendfile is in progress")
+        self.write_bytes(data, size, True, owner)
+        if not self.writing_paused and self.pending() > self.high:
+            return self._pause_writing()
+        return 0
+
+    cdef int flush(self) except -1:
+        """Send what is held, now."""
+        return self.flush_now()
+
+    def write_eof(self):
+        """End the own side once everything written has left; the peer's data still comes.
+
+        Raises:
+            RuntimeError: while a file is sent.
+        """
+        if self.sending:
+            raise RuntimeError("unable to write; sendfile is in progress")
+        if self.phase == ESTABLISHED:
+            self.begin_end()
+
+    def can_write_eof(self):
+        """True: with TLS too, by close_notify."""
+        return True
+
+    def get_write_buffer_size(self):
+        """Bytes written that the kernel does not have yet (plain text with TLS)."""
+        return self.pending()
+
+    def get_write_buffer_limits(self):
+        """The low-water and the high-water mark, in bytes."""
+        return self.low, self.high
+
+    def set_write_buffer_limits(self, high=None, low=None):
+        """Set when the protocol's ``pause_writing`` and ``resume_writing`` are called.
+
+        Args:
+            high: pause above this many bytes; by default 64 KiB, or four times ``low``.
+            low: resume at this many or fewer; by default a quarter of ``high``.
+
+        Raises:
+            ValueError: negative, or ``low`` above ``high``.
+        """
+        if high is None:
+            high = UVS_HIGH_WATER if low is None else 4 * low
+        if low is None:
+            low = high // 4
+        if not high >= low >= 0:
+            raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
+        self.high = high
+        self.low = low
+        if not self.writing_paused and self.pending() > self.high:
+            self._pause_writing()
+
+    cdef int _pause_writing(self) except -1:
+        if not self.blocked:
+            self.flush_now()  # held only to leave together with what comes next
+            if self.pending() <= self.high:
+                return 0
+        self.writing_paused = True
+        try:
+            # A copy, because the callback that writes may run in the context itself.
+            self.group.context.copy().run(self.protocol.pause_writing)
+        except ENDING_THE_RUN:
+            raise
+        except BaseException as error:
+            return self._report("protocol.pause_writing() failed", error)
+        return 0
+
+    cdef int _resume_writing(self) except -1:
+        self.writing_paused = False
+        self.turn += 1
+        try:
+            self.protocol.resume_writing()
+        except BaseException as error:
+            if isinstance(error, ENDING_THE_RUN):
+                self.state.loop.call_soon(_raise_again, error)
+            else:
+                self._report("protocol.resume_writing() failed", error)
+        finally:
+            self.leave_turn()
+        return 0
+
+    def _writable(self):
+        Stream._writable(self)
+        if (
+            self.writing_paused and self.pending() <= self.low
+            and not self.broken and self.phase < LEAVING
+        ):
+            self._resume_writing()
+
+    # ── Sending files ──────────────────────────────────────────────────────────────────────────
+
+    def _written(self):
+        """A Future that is done when everything written has left, or the connection is gone."""
+        waiter = self.state.loop.create_future()
+        self.flush_now()
+        if self.pending() == 0 or self.phase >= LEAVING:
+            waiter.set_result(None)
+        else:
+            if self.write_waiters is None:
+                self.write_waiters = []
+            self.write_waiters.append(waiter)
+        return waiter
+
+    def _begin_file(self):
+        """Refuse other writes until ``_end_file``."""
+        if self.sending:
+            raise RuntimeError("sendfile is in progress")
+        self.sending = True
+
+    def _end_file(self, Py_ssize_t sent):
+        self.sending = False
+        self.bytes_written += sent
+
+    # ── Ending ─────────────────────────────────────────────────────────────────────────────────
+
+    def close(self):
+        """Send what was written, then close; ``connection_lost`` follows."""
+        self._close()
+
+    def abort(self):
+        """Close at once; what the kernel has no room for is lost."""
+        if not self.blocked:
+            self.flush_now()  # with asyncio's own transports it would have left already
+        self.begin_abort(None, False)
+
+    def is_closing(self):
+        """Whether the connection is closing or closed."""
+        return self.phase >= CLOSING or self.broken
+
+    def _force_close(self, exc):
+        """Close at once, for this reason: asyncio's own TLS, used on a transport, calls it."""
+        self.begin_abort(exc, False)
+
+    cdef int _close(self) except -1:
+        if self.phase >= CLOSING:
+            return 0
+        self.begin_close()
+        if self.fin_sent and self.tls is None and self.phase < LEAVING:
+            self.peer_ended = True  # write_eof() came first; the peer is not waited for
+            return self._finish()
+        return 0
+
+    cdef int _send_fin(self) except -1:
+        if self.phase == CLOSING and self.cut_off:
+            # As asyncio: a peer that went without close_notify is sent none.
+            self.fin_sent = True
+            return self._finish()
+        return Stream._send_fin(self)
+
+    cdef int shut_down(self) except -1:
+        if self.phase < CLOSING:
+            return Stream.shut_down(self)
+        # asyncio's close() does not wait for the peer, other than for its close_notify, so the
+        # descriptor's close says it all.
+        if self.tls is None:
+            self.peer_ended = True
+        return 0
+
+    cdef int _finish(self) except -1:
+        if self.phase < CLOSING:
+            return 0  # both sides have ended, but it is the program that closes
+        if self.tls is not None and self.opened and self.peer_ended and not self.end_given:
+            self.end_given = True  # with TLS asyncio tells of the peer's end after close() too
+            try:
+                self.protocol.eof_received()
+            except BaseException as error:
+                return self._failed("eof_received", error)
+        return Stream._finish(self)
+
+    cdef double linger(self) noexcept:
+        return self.shutdown_timeout if self.tls is not None and self.phase >= CLOSING else INFINITY
+
+    def _phase_expired(self):
+        if self.tls is not None and not self.broken:
+            if self.tls.handshaking and self.phase <= ENDING:
+                self.begin_abort(ConnectionAbortedError(
+                    f"SSL handshake is taking longer than {self.handshake_timeout} seconds: "
+                    "aborting the connection"
+                ), False)
+                return
+            if self.phase == CLOSING:
+                self.begin_abort(TimeoutError("SSL shutdown timed out"), False)
+                return
+        Stream._phase_expired(self)
+
+    cdef int on_closed(self) except -1:
+        self.begin_closed()
+        try:
+            self.protocol.connection_lost(self.error)
+        except BaseException as error:
+            if isinstance(error, ENDING_THE_RUN):
+                self.state.loop.call_soon(_raise_again, error)
+            else:
+                self._report("protocol.connection_lost() failed", error)
+        return self.end_closed()
+
+    cdef int end_closed(self) except -1:
+        Stream.end_closed(self)
+        self._opened(self.error if self.error is not None else ConnectionResetError(
+            "the connection was closed before it was ready"))
+        if self.attached:
+            self.attached = False
+            server = (<TransportGroup>self.group).server
+            if SERVER_KNOWS_TRANSPORTS:
+                server._detach(self)
+            else:
+                server._detach()
+        # Nothing of the program's is kept alive by a transport that somebody forgot to drop.
+        self.protocol = self.received = self.get_buffer = self.buffer_updated = None
+        self.compiled = self.lender = None
+        return 0
+
+    # ── Errors ─────────────────────────────────────────────────────────────────────────────────
+
+    cdef int _report(self, str message, object error) except -1:
+        self.state.loop.call_exception_handler({
+            "message": message,
+            "exception": error,
+            "transport": self,
+            "protocol": self.protocol,
+        })
+        return 0
+
+    cdef int _failed(self, str method, object error) except -1:
+        """A callback that the connection cannot do without has raised."""
+        if isinstance(error, ENDING_THE_RUN):
+            self.state.loop.call_soon(_raise_again, error)
+            return 0
+        self._report(f"Fatal error: protocol.{method}() call failed.", error)
+        return self.begin_abort(error, False)
+
+    # ── Information, and upgrading ─────────────────────────────────────────────────────────────
+
+    def get_extra_info(self, name, default=None):
+        """What is known of the connection.
+
+        Args:
+            name: ``socket``, ``sockname``, ``peername``; with TLS also ``sslcontext``,
+                ``ssl_object``, ``peercert``, ``cipher``, ``compression``.
+            default: returned where it is not known.
+        """
+        if self.tls is not None:
+            if name == "socket" and self.phase >= LEAVING:
+                return default
+            session = self.tls.sslobj
+            if name == "ssl_object":
+                return session
+            if name == "sslcontext":
+                return session.context
+            if not self.tls.handshaking:
+                if name == "peercert":
+                    return session.getpeercert()
+                if name == "cipher":
+                    return session.cipher()
+                if name == "compression":
+                    return session.compression()
+        if self.transport is None:
+            return default
+        try:
+            return self.transport.get_extra_info(name, default)
+        except (AttributeError, OSError):
+            return default  # closed, and uvloop had not been asked before
+
+    def _start_tls(self, protocol, context, server_side, server_hostname, handshake_timeout,
+                   shutdown_timeout):
+        """Put TLS on the connection: a Future for the end of the handshake."""
+        self.handshake_timeout = _positive(
+            "ssl_handshake_timeout", handshake_timeout, UVS_TLS_HANDSHAKE)
+        self.shutdown_timeout = _positive(
+            "ssl_shutdown_timeout", shutdown_timeout, UVS_TLS_SHUTDOWN)
+        if self.phase != ESTABLISHED or self.broken:
+            raise RuntimeError("Transport is closing")
+        self.begin_tls(context, server_side, server_hostname, self.handshake_timeout)
+        self.opening = self.state.loop.create_future()
+        self.paused = False
+        self.busy = True
+        self._use(protocol)
+        self._face()
+        self.schedule_pump()
+        return self.opening
+
+    # What asyncio's own helpers ask a transport for.
+
+    _start_tls_compatible = True
+
+    @property
+    def _sendfile_compatible(self):
+        modes = asyncio.constants._SendfileMode
+        return modes.TRY_NATIVE if self.tls is None else modes.FALLBACK
+
+    @property
+    def _loop(self):
+        return self.state.loop
+
+    @property
+    def _paused(self):
+        return bool(self.paused)
+
+    @property
+    def _closing(self):
+        return self.phase >= CLOSING
+
+    @property
+    def _protocol_paused(self):
+        return bool(self.writing_paused)
+
+
+cdef Py_ssize_t _writable_size(object buffer) except -1:
+    """The bytes of a buffer that a read may go to."""
+    cdef Py_buffer view
+    cdef Py_ssize_t size
+    PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+    size = view.len
+    PyBuffer_Release(&view)
+    return size
