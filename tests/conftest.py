@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import gc
 import os
+import socket
 import ssl
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,23 @@ import trustme
 import uvloop
 
 import uvsock
+from uvsock._socket import live_sockets
+from uvsock._stream import state_of
 
 SERVER_NAME = "uvsock.test"
 
+# libuv opens a pipe for the whole process with the first loop: not a descriptor that a test leaked.
+uvloop.new_event_loop().close()
+
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> Any:
-    return {"uvloop": uvloop.new_event_loop}
+    return getattr(item.module, "LOOPS", {"uvloop": uvloop.new_event_loop})  # type: ignore[attr-defined]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # Every test collects garbage; without this each time all that pytest itself has made.
+    gc.collect()
+    gc.freeze()
 
 
 class Authority:
@@ -116,6 +129,35 @@ class Wire:
             options.setdefault("server_hostname", SERVER_NAME)
         return await asyncio.open_connection(listener.hostname, listener.port, **options)
 
+    def dial(self, listener: uvsock.Listener) -> socket.socket:
+        """A blocking client of the standard library's, for a thread.
+
+        uvloop's streams lose the end of what a TLS peer sent when they are read slowly.
+        """
+        if self.kind == "unix":
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(10)
+            sock.connect(listener.unix or "")
+            return sock
+        sock = socket.create_connection((listener.hostname, listener.port), 10)
+        if self.encrypted:
+            sock = self.authority.client_context().wrap_socket(sock, server_hostname=SERVER_NAME)
+        return sock
+
+    async def receive_all(self, listener: uvsock.Listener, request: bytes = b"") -> bytes:
+        """What a client of the standard library's receives until the end, reading slowly."""
+
+        def receive() -> bytes:
+            received = bytearray()
+            with self.dial(listener) as sock:
+                sock.sendall(request)
+                while chunk := sock.recv(50_000):
+                    received += chunk
+                    time.sleep(0.0005)
+            return bytes(received)
+
+        return await soon(asyncio.to_thread(receive), 20)
+
 
 @pytest.fixture(params=["tcp", "unix", "tls"])
 def wire(request: pytest.FixtureRequest, authority: Authority) -> Iterator[Wire]:
@@ -128,6 +170,12 @@ def wire(request: pytest.FixtureRequest, authority: Authority) -> Iterator[Wire]
 def plain_wire(request: pytest.FixtureRequest, authority: Authority) -> Iterator[Wire]:
     with tempfile.TemporaryDirectory(prefix="uvs") as directory:
         yield Wire(request.param, authority, Path(directory))
+
+
+@pytest.fixture
+def unix_wire(authority: Authority) -> Iterator[Wire]:
+    with tempfile.TemporaryDirectory(prefix="uvs") as directory:
+        yield Wire("unix", authority, Path(directory))
 
 
 @pytest.fixture
@@ -150,6 +198,13 @@ def open_descriptors() -> set[int]:
     return found
 
 
+def describe(descriptors: set[int]) -> dict[int, str]:
+    """What they are, as far as the system tells."""
+    if sys.platform != "linux":
+        return dict.fromkeys(descriptors, "?")
+    return {number: os.readlink(f"/proc/self/fd/{number}") for number in descriptors}
+
+
 @pytest_asyncio.fixture
 async def loop_errors() -> list[dict[str, Any]]:
     """What the loop's exception handler was called with. Asking for it makes such calls legal."""
@@ -163,21 +218,31 @@ async def leaves_nothing_behind(request: pytest.FixtureRequest) -> AsyncIterator
     errors: list[dict[str, Any]] = []
     loop._uvsock_test_errors = errors  # type: ignore[attr-defined]
     loop.set_exception_handler(lambda _, context: errors.append(context))
+    # libuv opens /dev/null when a loop first listens, to accept with when descriptors run out.
+    server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)
+    server.close()
+    await server.wait_closed()
     before = open_descriptors()
     yield
     me = asyncio.current_task()
-    closed = lambda: not uvsock.open_sockets(loop) and not open_descriptors() - before  # noqa: E731
+    closed = lambda: not live_sockets(loop) and not open_descriptors() - before  # noqa: E731
     with contextlib.suppress(TimeoutError):
         await until(closed, timeout=3)
-    sockets = list(uvsock.open_sockets(loop))
-    for socket in sockets:
-        socket.terminate()
+    # A test that is no coroutine has no uvloop: it can leave descriptors only.
+    listeners = list(state_of(loop).listeners) if isinstance(loop, uvloop.Loop) else []
+    for listener in listeners:
+        listener.stop()  # uvloop cannot close a loop that has an open one and warnings as errors
+    sockets = list(live_sockets(loop))
+    for left_open in sockets:
+        left_open.terminate()
     tasks = {task for task in asyncio.all_tasks() if task is not me and not task.done()}
     gc.collect()  # a Future or Task that died with an unseen exception reports it now
+    gc.freeze()  # what is left is pytest's: the next test need not look through it again
     await asyncio.sleep(0)
+    assert not listeners, f"listeners not stopped: {listeners}"
     assert not sockets, f"sockets still open: {sockets}"
     left = open_descriptors() - before
-    assert not left, f"descriptors left open: {left}"
+    assert not left, f"descriptors left open: {describe(left)}"
     assert not tasks, f"tasks still running: {tasks}"
     if "loop_errors" not in request.fixturenames:
         assert not errors, f"the loop's exception handler was called: {errors}"
@@ -196,7 +261,7 @@ async def soon(awaitable: Awaitable[Any], timeout: float = 5.0) -> Any:
 
 
 class Recorder:
-    """A handler table that writes down every call: ``recorder.events`` and ``recorder.received``."""
+    """A handler table that writes down every call, in ``events``, ``calls`` and ``received``."""
 
     def __init__(self, **overrides: Any) -> None:
         self.events: list[str] = []
@@ -220,11 +285,15 @@ class Recorder:
     def table(self, *names: str) -> dict[str, Callable[..., Any]]:
         """Handlers that record, for these events (all but ``timeout`` and ``drain`` by default)."""
         chosen = names or (
-            "open", "data", "end", "close", "error", "handshake", "connect_error",
+            "open",
+            "data",
+            "end",
+            "close",
+            "error",
+            "handshake",
+            "connect_error",
         )
-        return {
-            name: self._handler(name) for name in dict.fromkeys((*chosen, *self.overrides))
-        }
+        return {name: self._handler(name) for name in dict.fromkeys((*chosen, *self.overrides))}
 
     def _handler(self, name: str) -> Callable[..., Any]:
         override = self.overrides.get(name)
@@ -239,6 +308,7 @@ class Recorder:
             return override(socket, *arguments) if override is not None else None
 
         if asyncio.iscoroutinefunction(override):
+
             async def awaiting(socket: uvsock.Socket[Any], *arguments: Any) -> None:
                 await handler(socket, *arguments)
 

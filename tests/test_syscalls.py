@@ -1,0 +1,184 @@
+"""System calls per message, counted by strace: the figure that decides the speed of a server."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket as stdlib
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from conftest import SERVER_NAME, Authority
+
+# Enough that what starting and ending cost is far below half a call per message.
+MESSAGES = 200
+RECEIVES = ("read", "recvfrom", "recvmsg", "readv")
+SENDS = ("write", "sendto", "sendmsg", "writev")
+
+SERVER = """
+import os, sys, uvsock
+
+def write(socket, data): socket.write(data)
+def five(socket, data):
+    for byte in b"12345":
+        socket.write(bytes([byte]))
+def everyone(socket, data):
+    for other in listener.sockets:
+        other.write(data)
+def gathered(socket, data):
+    socket.write(b"head")
+    socket.write(LARGE)
+
+LARGE = bytes(40_000)
+tls = {"cert": open(sys.argv[3]).read(), "key": open(sys.argv[4]).read()} if sys.argv[3:] else None
+
+async def main():
+    global listener
+    listener = await uvsock.listen({"data": globals()[sys.argv[1]]}, "127.0.0.1", 0,
+                                   cork=sys.argv[2] == "cork", tls=tls)
+    print(listener.port, os.getpid(), flush=True)
+
+uvsock.run(main())
+"""
+
+
+@contextmanager
+def server(tmp_path: Path, *arguments: str) -> Iterator[tuple[int, Callable[[], Counter[str]]]]:
+    """A server under strace: its port, and what ends it and counts its calls on sockets."""
+    if shutil.which("strace") is None:
+        if os.environ.get("CI"):
+            pytest.fail("strace is not installed")
+        pytest.skip("strace is not installed")
+    script = tmp_path / "server.py"
+    script.write_text(SERVER)
+    trace = tmp_path / "trace"
+    calls = ",".join((*RECEIVES, *SENDS))
+    process = subprocess.Popen(
+        ["strace", "-f", "-qq", "-yy", "-e", f"trace={calls}", "-o", str(trace),
+         sys.executable, str(script), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    line = process.stdout.readline().split()
+    if len(line) != 2:
+        _, error = process.communicate()
+        if "ptrace" in error.lower() and not os.environ.get("CI"):
+            pytest.skip("strace may not trace here")
+        pytest.fail(error)
+
+    port, pid = map(int, line)
+
+    def count() -> Counter[str]:
+        os.kill(pid, signal.SIGTERM)  # strace itself blocks it
+        process.communicate(timeout=20)
+        # Such as: 17 sendto(12<TCP:[127.0.0.1:1->127.0.0.1:2]>, "x"..., 1, ...) = 1
+        found = re.findall(r"^\d+ +(\w+)\(\d+<TCP:", trace.read_text(), re.MULTILINE)
+        return Counter("receive" if name in RECEIVES else name for name in found)
+
+    try:
+        yield port, count
+    finally:
+        if process.poll() is None:
+            os.kill(pid, signal.SIGKILL)
+            process.communicate(timeout=20)
+
+
+def sends(calls: Counter[str]) -> float:
+    return sum(calls[name] for name in SENDS) / MESSAGES
+
+
+def ping_pong(sock: stdlib.socket, answer: int) -> None:
+    for _ in range(MESSAGES):
+        sock.sendall(b"x")
+        left = answer
+        while left:
+            left -= len(sock.recv(left))
+
+
+@pytest.mark.parametrize(
+    ("handler", "cork", "answer", "per_message"),
+    [
+        ("write", "cork", 1, 1),
+        ("write", "no cork", 1, 1),
+        ("five", "cork", 5, 1),
+        ("five", "no cork", 5, 5),
+    ],
+)
+def test_calls_per_message(
+    tmp_path: Path, handler: str, cork: str, answer: int, per_message: int
+) -> None:
+    with server(tmp_path, handler, cork) as (port, count):
+        with stdlib.create_connection(("127.0.0.1", port), 10) as sock:
+            ping_pong(sock, answer)
+        calls = count()
+    assert sends(calls) == per_message
+    assert calls["receive"] / MESSAGES == pytest.approx(1, abs=0.05)  # and the end of the file
+
+
+def test_what_is_held_and_a_large_write_leave_in_one_sendmsg(tmp_path: Path) -> None:
+    with server(tmp_path, "gathered", "cork") as (port, count):
+        with stdlib.create_connection(("127.0.0.1", port), 10) as sock:
+            ping_pong(sock, 40_004)
+        calls = count()
+    assert calls["sendmsg"] == MESSAGES
+    assert sends(calls) == 1
+
+
+def test_five_writes_over_tls_are_one_send(tmp_path: Path, authority: Authority) -> None:
+    paths = []
+    for name in ("cert", "key"):
+        paths.append(tmp_path / f"{name}.pem")
+        paths[-1].write_bytes(authority.server_options[name])
+    with server(tmp_path, "five", "cork", *map(str, paths)) as (port, count):
+        with (
+            stdlib.create_connection(("127.0.0.1", port), 10) as plain,
+            authority.client_context().wrap_socket(plain, server_hostname=SERVER_NAME) as sock,
+        ):
+            ping_pong(sock, 5)
+            sock.unwrap()
+        calls = count()
+    assert sends(calls) == pytest.approx(1, abs=0.05)  # and those of the handshake
+    assert calls["receive"] / MESSAGES == pytest.approx(1, abs=0.05)
+
+
+def test_fan_out_is_one_send_per_socket_and_iteration(tmp_path: Path) -> None:
+    """Several messages that arrive together go to everyone in one send each."""
+    clients, at_once = 5, 8
+    rounds = MESSAGES // at_once
+    with server(tmp_path, "everyone", "cork") as (port, count):
+        sockets = [stdlib.create_connection(("127.0.0.1", port), 10) for _ in range(clients)]
+        try:
+            for number, sock in enumerate(sockets):  # until the server knows them all
+                sock.sendall(b"x")
+                for other in sockets[: number + 1]:
+                    other.recv(1)
+            for sock in sockets:
+                sock.settimeout(0.2)
+                try:
+                    while sock.recv(1000):
+                        pass
+                except TimeoutError:
+                    sock.settimeout(10)
+            for _ in range(rounds):
+                sockets[0].sendall(b"m" * at_once)
+                for sock in sockets:
+                    left = at_once
+                    while left:
+                        left -= len(sock.recv(left))
+        finally:
+            for sock in sockets:
+                sock.close()
+        calls = count()
+    total = sum(calls[name] for name in SENDS)
+    assert total <= clients * (rounds + clients)
+    assert total >= clients * rounds
