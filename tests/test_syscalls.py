@@ -9,9 +9,10 @@ import signal
 import socket as stdlib
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ RECEIVES = ("read", "recvfrom", "recvmsg", "readv")
 SENDS = ("write", "sendto", "sendmsg", "writev")
 
 SERVER = """
-import os, sys, uvsock
+import os, sys, time, uvsock
 
 def write(socket, data): socket.write(data)
 def five(socket, data):
@@ -33,6 +34,11 @@ def five(socket, data):
 def everyone(socket, data):
     for other in listener.sockets:
         other.write(data)
+def everyone_at_once(socket, data):
+    if data == b"wait":
+        time.sleep(0.06)  # what comes meanwhile is read in one iteration
+    else:
+        everyone(socket, data)
 def gathered(socket, data):
     socket.write(b"head")
     socket.write(LARGE)
@@ -182,3 +188,39 @@ def test_fan_out_is_one_send_per_socket_and_iteration(tmp_path: Path) -> None:
     total = sum(calls[name] for name in SENDS)
     assert total <= clients * (rounds + clients)
     assert total >= clients * rounds
+
+
+def test_sockets_that_all_write_to_each_other_are_sent_once_per_iteration(tmp_path: Path) -> None:
+    """Also to itself: the own socket does not leave before the others when it is one of them."""
+    clients, rounds = 10, 30
+    with server(tmp_path, "everyone_at_once", "cork") as (port, count):
+        sockets = [stdlib.create_connection(("127.0.0.1", port), 10) for _ in range(clients)]
+        try:
+            for sock in sockets:  # until the server knows them all
+                sock.sendall(b"x")
+            for sock in sockets:
+                assert sock.recv(1) == b"x"
+            sockets[0].sendall(b"wait")
+            for sock in sockets:
+                sock.settimeout(0.3)
+                with suppress(TimeoutError):
+                    while sock.recv(1000):
+                        pass
+                sock.settimeout(10)
+            for _ in range(rounds):
+                sockets[0].sendall(b"wait")
+                time.sleep(0.02)
+                for sock in sockets:
+                    sock.sendall(b"m")
+                for sock in sockets:
+                    left = clients
+                    while left:
+                        left -= len(sock.recv(left))
+        finally:
+            for sock in sockets:
+                sock.close()
+        calls = count()
+    # Each round is one send for each, or two if it was over before the last message was there.
+    # Until all were known it was at most one for each message and client.
+    total = sum(calls[name] for name in SENDS) - clients
+    assert clients * rounds <= total <= clients * rounds * 1.3 + clients * clients

@@ -39,12 +39,16 @@ cdef class Socket(Stream):
     cdef Py_ssize_t write_memory(self, const char* p, Py_ssize_t n) except -2
     cdef Py_ssize_t write_frame_memory(self, const char* p, Py_ssize_t n) except -2
 
+    @cython.final
     cdef Handlers table(self)
     cdef int _emit(self, int event, object argument) except -1
     cdef int _call(self, int event, object argument) except -1
     cdef int _warn_of_short_write(self) except -1
+    @cython.final
     cdef int _start(self, int event, object coroutine) except -1
+    @cython.final
     cdef int _returned(self, int event, object failure, bint absent) except -1
+    @cython.final
     cdef int _raised(self, int event, object failure) except -1
     cdef int _report(self, object failure, object handler) except -1
     cdef int _run_queue(self) except -1
@@ -53,10 +57,13 @@ cdef class Socket(Stream):
     cdef object _end(self, str name)
     cdef object _wait_for(self, str what)
     cdef int _tell(self, str what, object error) except -1
+    @cython.final
     cdef Py_ssize_t _write_enclosed(self, const char* p, Py_ssize_t n) except -2
+    @cython.final
     cdef Py_ssize_t _write_checked(
         self, const char* p, Py_ssize_t n, bint whole, bytes owner
     ) except -2
+    @cython.final
     cdef Py_ssize_t _write_from(
         self, object data, object offset, object length, bint whole
     ) except -2

@@ -173,18 +173,19 @@ cdef class Socket(Stream):
 
     # ── Connecting ─────────────────────────────────────────────────────────────────────────────
 
-    def connection_made(self, transport):
+    cdef int on_made(self) except -1:
         cdef Group group = <Group>self.group
-        if group.data_factory is not None and not group.stopped:
-            try:
-                self.data = group.context.run(group.data_factory)
-            except BaseException as error:
-                self._enter(LEAVING)
-                if isinstance(error, ENDING_THE_RUN):
-                    self.state.loop.call_soon(_raise_again, error)
-                else:
-                    self._report(error, "data_factory")
-        Stream.connection_made(self, transport)
+        if group.data_factory is None:
+            return 0
+        try:
+            self.data = group.context.run(group.data_factory)
+        except BaseException as error:
+            self._enter(LEAVING)
+            if isinstance(error, ENDING_THE_RUN):
+                self.state.loop.call_soon(_raise_again, error)
+            else:
+                self._report(error, "data_factory")
+        return 0
 
     def _opening(self):
         """Two Futures: connected, or why not; and ``open`` has returned."""
@@ -482,6 +483,11 @@ cdef class Socket(Stream):
             TypeError: ``data`` is no such object.
             ValueError: ``offset`` or ``length`` lie outside the data.
         """
+        if PyBytes_CheckExact(data) and offset is ZERO and length is None:
+            self.state.check()
+            return self._write_checked(
+                PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), False, <bytes>data
+            )
         return self._write_from(data, offset, length, False)
 
     cdef Py_ssize_t _write_from(

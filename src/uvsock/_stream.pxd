@@ -38,6 +38,7 @@ cdef class LoopState:
     cdef readonly set listeners
     cdef readonly set groups
     cdef list _dirty
+    cdef Py_ssize_t held_outside          # how often bytes were held for a stream not in a turn
     cdef bint _flush_scheduled
     cdef object _flush_callback
     cdef BufferSink _spare_sinks  # a chain: the first, which names the next
@@ -146,6 +147,7 @@ cdef class Stream:
     cdef list write_waiters      # Futures: everything accepted has left, or the stream is closed
 
     # Events, for the subclass. They do not raise.
+    cdef int on_made(self) except -1      # there is a connection; entering LEAVING refuses it
     cdef int on_open(self) except -1
     cdef int on_data(self, object data) except -1
     cdef int on_frame_error(self, object error) except -1
@@ -161,11 +163,14 @@ cdef class Stream:
     cdef int received_in_buffer(self, Py_ssize_t n) except -1
     cdef bint held_back(self) noexcept
     cdef int update_reading(self) except -1
+    @cython.final
     cdef int _receive(self, object data) except -1
     cdef int _receive_last(self, object data) except -1
     cdef int _drop_input(self) except -1
+    @cython.final
     cdef int _deliver(self, object data) except -1
     cdef int _deliver_memory(self, ReadBuffer buffer, Py_ssize_t n, int own_exports) except -1
+    @cython.final
     cdef int _deliver_frames(self) except -1
     cdef bint unread(self) noexcept
     cdef int _read_tls(self) except -1
@@ -180,31 +185,45 @@ cdef class Stream:
     cdef Py_ssize_t write_bytes(
         self, const char* p, Py_ssize_t n, bint whole, bytes owner
     ) except -2
-    cdef Py_ssize_t _write_plain(
-        self, const char* p, Py_ssize_t n, bint whole, bytes owner
-    ) except -2
-    cdef Py_ssize_t _write_tls(
-        self, const char* p, Py_ssize_t n, bint whole, bytes owner
-    ) except -2
+    @cython.final
+    cdef bint _holdable(self, Py_ssize_t n) noexcept
+    @cython.final
+    cdef Py_ssize_t _write_plain(self, const char* p, Py_ssize_t n, bint whole) except -2
+    @cython.final
+    cdef Py_ssize_t _write_tls(self, const char* p, Py_ssize_t n, bint whole) except -2
     # Where n bytes go that are accepted and held until the turn ends; the caller puts them there.
     # NULL where write_bytes has to decide what becomes of them. The stream is ESTABLISHED.
     cdef char* accept_held(self, Py_ssize_t n) except? NULL
+    @cython.final
     cdef bint _corking(self) noexcept
+    @cython.final
     cdef Py_ssize_t _hold(self, const char* p, Py_ssize_t n, bint whole) except -1
+    @cython.final
     cdef int _append(self, const char* p, Py_ssize_t n) except -1
     cdef int _copy_lone(self, Py_ssize_t start) except -1
+    @cython.final
     cdef int _keep(self, const char* p, Py_ssize_t n, bytes owner) except -1
+    @cython.final
     cdef BufferSink _sink(self)
+    @cython.final
     cdef int _flush_later(self) except -1
+    @cython.final
     cdef Py_ssize_t _send(self, const char* p, Py_ssize_t n) except -2
     cdef int _send_outgoing(self) except -1
+    @cython.final
     cdef int flush_now(self) except -1
+    @cython.final
     cdef int _flushed(self) except -1
+    @cython.final
     cdef int leave_turn(self) except -1
+    @cython.final
+    cdef int _leave_reading(self, Py_ssize_t before) except -1
+    @cython.final
     cdef Py_ssize_t pending(self) noexcept
     cdef int arm_writer(self) except -1
     cdef void _disarm_writer(self)
     cdef int wake_writers(self) except -1
+    @cython.final
     cdef int check_drain(self) except -1
 
     # Ending
@@ -234,6 +253,7 @@ cdef class Stream:
     cdef int limit_phase(self, double seconds) except -1
     cdef int _drop_deadlines(self) except -1
     cdef int arm_timer(self) except -1
+    cdef int _set_options(self) except -1
 
 
 cdef double now() noexcept

@@ -14,7 +14,7 @@ from cpython.memoryview cimport PyMemoryView_FromObject
 from libc.errno cimport EAGAIN, EINTR, ENOBUFS, EPIPE, EPROTOTYPE, ETIMEDOUT, errno
 from libc.math cimport INFINITY
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport close as close_descriptor
 
@@ -242,7 +242,8 @@ cdef class StreamGroup:
         """The stream has a transport."""
         stream.place = len(self.sockets)
         self.sockets.append(stream)
-        self.state.groups.add(self)
+        if self._alive == 0:
+            self.state.groups.add(self)
         self.accepted += 1
         self._alive += 1
         stream.alive = True
@@ -340,7 +341,10 @@ cdef class Stream:
 
     # ── What uvloop calls ──────────────────────────────────────────────────────────────────────
 
+    @cython.binding(False)
     def connection_made(self, transport):
+        if self.phase < LEAVING and not self.group.stopped:
+            self.on_made()
         if self.phase >= LEAVING or self.group.stopped:
             self._enter(LEAVING)  # given up before the transport was there
             self.group.add(self)  # or nothing would wait until it is gone
@@ -379,11 +383,12 @@ cdef class Stream:
 
     @cython.binding(False)
     def data_received(self, data):
+        cdef Py_ssize_t before = self.state.held_outside
         self.turn += 1
         try:
             self._receive(data)
         finally:
-            self.leave_turn()
+            self._leave_reading(before)
 
     cdef ReadBuffer lend_buffer(self):
         """The memory that the next read goes to."""
@@ -396,6 +401,7 @@ cdef class Stream:
     cdef int received_in_buffer(self, Py_ssize_t n) except -1:
         """That read has brought ``n`` bytes."""
         cdef ReadBuffer buffer = self.state.plain_buffer
+        cdef Py_ssize_t before = self.state.held_outside
         self.turn += 1
         try:
             if (
@@ -409,9 +415,10 @@ cdef class Stream:
             else:
                 self._receive(PyBytes_FromStringAndSize(buffer.memory, n))
         finally:
-            self.leave_turn()
+            self._leave_reading(before)
         return 0
 
+    @cython.binding(False)
     def eof_received(self):
         cdef int code = get_error(self.fd) if END_MAY_BE_RESET and not self.broken else 0
         if code:
@@ -430,6 +437,7 @@ cdef class Stream:
             self.leave_turn()
         return True  # the transport stays: it is closed when both sides have ended
 
+    @cython.binding(False)
     def connection_lost(self, exc):
         if exc is not None and self.error is None and self.phase < LEAVING:
             self.error = exc
@@ -461,6 +469,9 @@ cdef class Stream:
         raise RuntimeError("uvsock writes to the descriptor, not to the transport")
 
     # ── Events: a subclass overrides these ─────────────────────────────────────────────────────
+
+    cdef int on_made(self) except -1:
+        return 0
 
     cdef int on_open(self) except -1:
         return 0
@@ -795,58 +806,52 @@ cdef class Stream:
             return 0
         if self.sending and not whole:
             return 0  # bytes in the middle of what send_all sends would tear it apart
-        try:
-            if self.tls is None:
-                taken = self._write_plain(p, n, whole, owner)
-            else:
-                taken = self._write_tls(p, n, whole, owner)
-        except SSLError as error:
-            self._tls_failed(error)
-            return -1
+        if self._holdable(n):
+            self._keep(p, n, owner)
+            taken = n
+        elif self.tls is None:
+            taken = self._write_plain(p, n, whole)
+        else:
+            taken = self._write_tls(p, n, whole)
         if taken > 0:
             self.bytes_written += taken
             if self.group.idle_timeout > 0:
                 self.deadlines().active = now()
         return taken
 
-    cdef Py_ssize_t _write_plain(
-        self, const char* p, Py_ssize_t n, bint whole, bytes owner
-    ) except -2:
+    cdef bint _holdable(self, Py_ssize_t n) noexcept:
+        """Whether these wait for what comes next, to leave together with it."""
+        return (
+            n <= UVS_COPY_LIMIT and self._corking()
+            and n + self.pending() <= self.group.high_water_mark
+        )
+
+    cdef Py_ssize_t _write_plain(self, const char* p, Py_ssize_t n, bint whole) except -2:
         cdef Py_ssize_t taken
         if self.blocked:
             return self._hold(p, n, whole)
-        if (
-            n <= UVS_COPY_LIMIT and self._corking()
-            and n + self.pending() <= self.group.high_water_mark
-        ):
-            self._keep(p, n, owner)
-            return n
         taken = self._send(p, n)
         if 0 <= taken < n:
             taken += self._hold(p + taken, n - taken, whole)
         return taken
 
-    cdef Py_ssize_t _write_tls(
-        self, const char* p, Py_ssize_t n, bint whole, bytes owner
-    ) except -2:
+    cdef Py_ssize_t _write_tls(self, const char* p, Py_ssize_t n, bint whole) except -2:
         cdef Py_ssize_t done = 0, batch
         if self.blocked or self.tls.handshaking or self.tls.stalled:
             return self._hold(p, n, whole)
-        if (
-            n <= UVS_COPY_LIMIT and self._corking()
-            and n + self.pending() <= self.group.high_water_mark
-        ):
-            self._keep(p, n, owner)
-            return n
         if self.plain is not None or self.lone is not None:
             self.flush_now()
-        while done < n and not self.blocked and not self.tls.stalled and not self.broken:
-            # The ciphertext of one batch is held if the kernel does not take it.
-            batch = min(n - done, min(UVS_TLS_BATCH, self.group.high_water_mark))
-            batch = self.tls.encrypt(p + done, batch)
-            self.wire_plain += batch
-            done += batch
-            self._send_outgoing()
+        try:
+            while done < n and not self.blocked and not self.tls.stalled and not self.broken:
+                # The ciphertext of one batch is held if the kernel does not take it.
+                batch = min(n - done, min(UVS_TLS_BATCH, self.group.high_water_mark))
+                batch = self.tls.encrypt(p + done, batch)
+                self.wire_plain += batch
+                done += batch
+                self._send_outgoing()
+        except SSLError as error:
+            self._tls_failed(error)
+            return -1
         if self.broken:
             return -1
         if done < n:
@@ -854,10 +859,7 @@ cdef class Stream:
         return done
 
     cdef char* accept_held(self, Py_ssize_t n) except? NULL:
-        if (
-            self.blocked or self.sending or n > UVS_COPY_LIMIT or n == 0 or not self._corking()
-            or n + self.pending() > self.group.high_water_mark
-        ):
+        if self.blocked or self.sending or n == 0 or not self._holdable(n):
             return NULL
         if self.lone is not None:
             self._copy_lone(0)
@@ -880,12 +882,15 @@ cdef class Stream:
 
     cdef int _keep(self, const char* p, Py_ssize_t n, bytes owner) except -1:
         """Hold these until the turn ends, as they are if they are the first."""
-        if (
-            owner is None or self.lone is not None
-            or (self.wire is not None if self.tls is None else self.plain is not None)
-        ):
-            return self._append(p, n)
-        self.lone = owner
+        cdef BufferSink sink = self.wire if self.tls is None else self.plain
+        if sink is None:
+            if owner is not None and self.lone is None:
+                self.lone = owner
+                return self._flush_later()
+            if self.lone is not None:
+                self._copy_lone(0)
+            sink = self._sink()
+        memcpy(sink.extend(n), p, n)
         return self._flush_later()
 
     cdef BufferSink _sink(self):
@@ -912,8 +917,10 @@ cdef class Stream:
         return 0
 
     cdef int _flush_later(self) except -1:
-        if self.turn == 0 and self.corks == 0 and not self.dirty and not self.blocked:
-            self.state.add_dirty(self)
+        if self.turn == 0 and self.corks == 0 and not self.blocked:
+            self.state.held_outside += 1
+            if not self.dirty:
+                self.state.add_dirty(self)
         return 0
 
     cdef Py_ssize_t _send(self, const char* p, Py_ssize_t n) except -2:
@@ -1061,6 +1068,20 @@ cdef class Stream:
         ):
             self.flush_now()
         return 0
+
+    cdef int _leave_reading(self, Py_ssize_t before) except -1:
+        """The turn of a read ends; ``before`` is what `held_outside` was when it began."""
+        if (
+            self.state.held_outside != before and self.turn == 1 and self.corks == 0
+            and self.phase == ESTABLISHED and not self.blocked and self.pending()
+        ):
+            # The handler has written to other streams too. If they all are written to by each
+            # other, as in a chat, this one would be sent once now and once with them.
+            self.turn = 0
+            if not self.dirty:
+                self.state.add_dirty(self)
+            return 0
+        return self.leave_turn()
 
     cdef int arm_writer(self) except -1:
         """Call `_writable` when the kernel takes bytes again."""
@@ -1396,13 +1417,14 @@ cdef class Stream:
             self._leave()
             self.drop_transport()
 
-    def _set_options(self):
+    cdef int _set_options(self) except -1:
         if self.tcp and not self.group.no_delay:
             set_no_delay(self.fd, False)  # uvloop turns it on for every TCP transport
         if self.tcp and self.group.keep_alive >= 0:
             set_keep_alive(self.fd, True, self.group.keep_alive)
         if self.group.idle_timeout > 0:
             self.deadlines().active = now()
+        return 0
 
 
 cdef int get_error(int fd) noexcept:

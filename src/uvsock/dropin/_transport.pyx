@@ -182,27 +182,28 @@ cdef class Transport(Stream):
         else:
             self.begin_abort(error, False)
 
-    def connection_made(self, transport):
+    cdef int on_made(self) except -1:
         cdef TransportGroup group = <TransportGroup>self.group
-        if group.server is not None and not group.stopped:
-            try:
-                self._use(group.protocol_factory())
-            except BaseException as error:
-                self._enter(LEAVING)
-                if isinstance(error, ENDING_THE_RUN):
-                    self.state.loop.call_soon(_raise_again, error)
-                else:
-                    self.state.loop.call_exception_handler({
-                        "message": "Error on transport creation for incoming connection",
-                        "exception": error,
-                    })
+        if group.server is None:
+            return 0
+        try:
+            self._use(group.protocol_factory())
+        except BaseException as error:
+            self._enter(LEAVING)
+            if isinstance(error, ENDING_THE_RUN):
+                self.state.loop.call_soon(_raise_again, error)
             else:
-                self.attached = True
-                if SERVER_KNOWS_TRANSPORTS:
-                    group.server._attach(self)
-                else:
-                    group.server._attach()
-        Stream.connection_made(self, transport)
+                self.state.loop.call_exception_handler({
+                    "message": "Error on transport creation for incoming connection",
+                    "exception": error,
+                })
+            return 0
+        self.attached = True
+        if SERVER_KNOWS_TRANSPORTS:
+            group.server._attach(self)
+        else:
+            group.server._attach()
+        return 0
 
     cdef int on_open(self) except -1:
         self.opened = True
