@@ -287,7 +287,8 @@ def go_on(socket: Client) -> None:
     session = socket.data
     if socket.ready_state != uvsock.ReadyState.ESTABLISHED:
         return
-    session.replies.flush_to(socket)
+    if len(session.replies):
+        session.replies.flush_to(socket)
     waiting = True
     while waiting and not len(session.replies):
         while waiting and len(session.replies) < MAX_REPLIES:

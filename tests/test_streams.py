@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import socket
 import ssl
@@ -148,6 +149,43 @@ async def test_many_lines_at_once(streams: Streams) -> None:
         assert [await soon(reader.readline()) for _ in lines] == lines
         await sending
         await closed(writer)
+
+
+async def test_small_and_large_reads_by_turns(streams: Streams) -> None:
+    """Where the bytes of a read go to changes with the first large one."""
+    sizes = [10, 5 * MIB, 1, 300_000, 70_000, 3, 2 * MIB, 65_536, 1]
+
+    async def echo_sized(reader: uvsock.StreamReader, writer: uvsock.StreamWriter) -> None:
+        for size in sizes:
+            writer.write(await reader.readexactly(size))
+            await writer.drain()
+        writer.close()
+
+    async with streams.serving(echo_sized):
+        reader, writer = await soon(streams.connect())
+        for number, size in enumerate(sizes):
+            message = bytes([number]) * size
+            writer.write(message)
+            assert await soon(reader.readexactly(size)) == message
+        assert await soon(reader.read()) == b""
+        await closed(writer)
+
+
+async def test_whoever_waits_for_a_read_is_told_its_result() -> None:
+    """A task is woken in a shorter way than what else waits."""
+    loop = asyncio.get_running_loop()
+    reader = uvsock.StreamReader(loop=loop)
+    told: list[Any] = []
+    reading = reader.readline()
+    waiter: Any = reading.send(None)
+    waiter.add_done_callback(told.append, context=contextvars.copy_context())
+    reader.feed_data(b"line\n")
+    await until(lambda: told)
+    assert told == [waiter]
+    assert waiter.result() is None
+    with pytest.raises(StopIteration) as stopped:
+        reading.send(None)
+    assert stopped.value.value == b"line\n"
 
 
 async def test_every_way_to_read(streams: Streams) -> None:

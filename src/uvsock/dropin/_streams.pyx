@@ -25,6 +25,8 @@ from uvsock._framing import as_framer
 cdef extern from "Python.h":
     int PyContext_Enter(object context) except -1
     int PyContext_Exit(object context) except -1
+    bint PyCFunction_Check(object function)
+    PyObject* PyCFunction_GET_SELF(object function)  # borrowed; NULL for a static one
     Py_ssize_t PyNumber_AsSsize_t(object number, PyObject* overflow) except? -1
     void PyType_Modified(PyTypeObject* type)
     enum:
@@ -57,6 +59,7 @@ cdef enum:
 cdef bytes NEWLINE = b"\n"
 # What an attempt to read has as its result when more has to come first.
 cdef object MORE = object()
+cdef object Task = asyncio.Task
 # Here, not where it is called: programs replace asyncio's classes by these.
 cdef object wait_and_drain = asyncio.StreamWriter.drain
 # By loop. A queue does not hold its loop: both would stay for ever.
@@ -68,6 +71,16 @@ cdef str NOT_FOUND = "Separator is not found, and chunk exceed the limit"
 # From 3.13 on asyncio leaves the writer to the server's callback alone, and closes a connection
 # whose writer was forgotten.
 cdef bint KEEP_WRITER = sys.version_info < (3, 13)
+
+
+class _NoLoop:
+    def get_debug(self):
+        return False
+
+
+# What a task is woken with: its result is None. It is no loop's, and is never awaited.
+cdef object DONE = asyncio.Future(loop=_NoLoop())
+DONE.set_result(None)
 
 
 cdef enum Kind:
@@ -187,9 +200,11 @@ cdef class Waiter:
         callback = self.callback
         context = self.context
         self.callback = self.context = None
+        # A task wants no more than the result. asyncio gets that of its own Futures much faster.
+        future = DONE if self.error is None and _wakes_task(callback) else self
         PyContext_Enter(context)
         try:
-            callback(self)
+            callback(future)
         finally:
             PyContext_Exit(context)
         return 0
@@ -350,6 +365,15 @@ cdef WakeQueue _wake_queue_of(object loop):
     if queue is None:
         queue = WAKE_QUEUES[loop] = WakeQueue()
     return queue
+
+
+cdef bint _wakes_task(object callback):
+    """Whether it is the wake-up of a Task of asyncio's in C."""
+    cdef PyObject* owner
+    if not PyCFunction_Check(callback):
+        return False
+    owner = PyCFunction_GET_SELF(callback)
+    return owner != NULL and type(<object>owner) is Task
 
 
 cdef bytes _as_separator(object separator):
@@ -909,10 +933,10 @@ cdef class StreamProtocol(CompiledProtocol):
             if transport is not None:
                 transport.close()
 
-    cdef int bytes_received(self, const char* data, Py_ssize_t size) except -1:
+    cdef int bytes_received(self, const char* data, Py_ssize_t size, bytes owner) except -1:
         reader = self.reader()
         if isinstance(reader, ReaderCore):
-            (<ReaderCore>reader).feed(data, size, None)
+            (<ReaderCore>reader).feed(data, size, owner)
         elif reader is not None:
             reader.feed_data(data[:size])
         return 0

@@ -5,8 +5,9 @@ from uvsock._stream cimport Stream, StreamGroup
 
 
 cdef class CompiledProtocol:
-    # A protocol that gets its bytes by a C call instead of `data_received`.
-    cdef int bytes_received(self, const char* data, Py_ssize_t size) except -1
+    # A protocol that gets its bytes by a C call instead of `data_received`. ``owner`` is the object
+    # that they are all of, or None.
+    cdef int bytes_received(self, const char* data, Py_ssize_t size, bytes owner) except -1
 
 
 cdef class TransportGroup(StreamGroup):
@@ -24,6 +25,7 @@ cdef class Transport(Stream):
     cdef object buffer_updated
     cdef bytes rest                     # received, and not taken by a BufferedProtocol that paused
     cdef CompiledProtocol compiled      # the protocol, if it is one
+    cdef bint much                      # a read has brought much at once
     cdef object opening                 # Future: connection_made has returned, or why not
     cdef Py_ssize_t high                # pause_writing above this many bytes held
     cdef Py_ssize_t low                 # resume_writing at this many or fewer
