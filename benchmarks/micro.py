@@ -202,6 +202,17 @@ async def corked(loops: int) -> float:
     return took
 
 
+async def rearmed(loops: int) -> float:
+    """`timeout()` with one that is still running, as a handler calls it for each message."""
+    with listener() as server:
+        client, peer = await connected(server)
+        with peer:
+            took = time_calls(loops, client.timeout, 30.0)
+            client.terminate()
+            await client.wait_closed()
+    return took
+
+
 def sent(loops: int, size: int) -> float:
     """The same with the standard library's socket, for the price of the system call."""
     with listener() as server, socket.create_connection(server.getsockname()) as client:
@@ -223,6 +234,7 @@ def benchmarks() -> Iterator[tuple[str, Timed]]:
         yield f"write: socket.send, {size} B", partial(sent, size=size)
         yield f"write: uvsock, {size} B", on_loop(written, size=size)
     yield "write: uvsock, corked, 8 x 16 B", on_loop(corked)
+    yield "timeout: armed anew", on_loop(rearmed)
 
 
 def main() -> None:

@@ -125,7 +125,8 @@ def test_a_run_writes_its_results_in_the_documented_shape(tmp_path: Path) -> Non
         workloads.remove("tls_handshake-resumed")
         assert "OpenSSL's headers" in results["skipped"]["tls_handshake-resumed"]
     else:
-        assert results["workloads"]["tls_handshake-resumed"]["uvsock"]["resumed"][0] > 0.5
+        # How many depends on the time: each of the 20 connections begins with a full one.
+        assert results["workloads"]["tls_handshake-resumed"]["uvsock"]["resumed"][0] > 0
     assert list(results["workloads"]) == workloads
     for workload, found in results["workloads"].items():
         assert set(found) == ({"uvsock"} if "tls" in workload else {"c", "uvsock"})
@@ -295,7 +296,7 @@ def test_the_micro_benchmarks_make_what_pyperf_compares(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     names = [each["metadata"]["name"] for each in json.loads(output.read_text())["benchmarks"]]
     kinds = [name.partition(":")[0] for name in names]
-    assert sorted(set(kinds)) == ["collect", "dispatch", "write"]
+    assert sorted(set(kinds)) == ["collect", "dispatch", "timeout", "write"]
     command = [sys.executable, "-m", "pyperf", "compare_to", "-v", str(output), str(output)]
     compared = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert compared.returncode == 0, compared.stderr

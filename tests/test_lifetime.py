@@ -10,6 +10,7 @@ import weakref
 from typing import Any
 
 import pytest
+import uvloop
 
 import uvsock
 from conftest import Recorder, Wire, soon, until
@@ -566,6 +567,39 @@ async def test_timeout_zero_turns_it_off_and_a_new_one_replaces_the_old(wire: Wi
     writer.close()
     await until(lambda: "close" in recorder.events)
     await stopped(listener)
+
+
+def test_a_timeout_for_each_message_arms_no_timer_for_each() -> None:
+    class Counting(uvloop.Loop):
+        timers = 0
+
+        def call_later(self, *arguments: Any, **keywords: Any) -> asyncio.TimerHandle:
+            self.timers += 1
+            return super().call_later(*arguments, **keywords)
+
+    async def main() -> int:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, Counting)
+
+        def data(socket: uvsock.Socket[Any], data: bytes) -> None:
+            socket.timeout(30)
+            socket.write(data)
+
+        answers = Recorder()
+        async with await uvsock.listen({"data": data}, "127.0.0.1", 0) as listener:
+            client = await uvsock.connect(answers.table(), "127.0.0.1", listener.port)
+            before = loop.timers
+            for number in range(100):
+                client.write(b"x")
+                while len(answers.received) <= number:
+                    await asyncio.sleep(0)
+            taken = loop.timers - before
+            client.end()
+            await client.wait_closed()
+        return taken
+
+    with asyncio.Runner(loop_factory=Counting) as runner:
+        assert runner.run(main()) == 1
 
 
 async def test_without_a_timeout_handler_the_socket_is_closed(wire: Wire) -> None:
