@@ -54,6 +54,7 @@ cdef class Framer:
     cdef int cut(self, const char* p, Py_ssize_t n, Cut* cut) except -1
     # The same, checked, for a caller that has the bytes at p this far from the beginning of their
     # owner. Where it returns False, `searched` and `need` are set for the next look.
+    @cython.final
     cdef bint look(
         self, object owner, const char* p, Py_ssize_t n, Py_ssize_t offset, Cut* cut
     ) except -1
@@ -119,7 +120,11 @@ cdef class FrameReader:
     cdef int drop(self) except -1
     cdef int fail(self) except -1
 
-    cdef bint _find(self, object owner, const char* p, Py_ssize_t n, Py_ssize_t offset) except -1
-    cdef object _make(self, object owner, const char* p, Py_ssize_t offset, Delivery delivery)
+    cdef inline bint _find(
+        self, object owner, const char* p, Py_ssize_t n, Py_ssize_t offset
+    ) except -1
+    cdef inline object _make(
+        self, object owner, const char* p, Py_ssize_t offset, Delivery delivery
+    )
     cdef int _forget(self) except -1
     cdef int _keep(self, Py_ssize_t n) except -1

@@ -547,7 +547,7 @@ cdef class FrameReader:
         self._size = self._position = 0
         return 0
 
-    cdef bint _find(
+    cdef inline bint _find(
         self, object owner, const char* p, Py_ssize_t n, Py_ssize_t offset
     ) except -1:
         cdef Cut* cut = &self._cut
@@ -557,7 +557,9 @@ cdef class FrameReader:
             return True
         return self.framer.look(owner, p, n, offset, cut)
 
-    cdef object _make(self, object owner, const char* p, Py_ssize_t offset, Delivery delivery):
+    cdef inline object _make(
+        self, object owner, const char* p, Py_ssize_t offset, Delivery delivery
+    ):
         """The frame that was found at p, which is this far from the beginning of its owner."""
         cdef Py_ssize_t start = self._cut.start, length = self._cut.stop - start
         if delivery == AS_BYTES:

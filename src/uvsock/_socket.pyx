@@ -604,10 +604,12 @@ cdef class Socket(Stream):
         size = envelope.prefix_size + n + envelope.suffix_size
         target = self.accept_held(size)
         if target != NULL:
-            memcpy(target, envelope.prefix, envelope.prefix_size)
+            if envelope.prefix_size:
+                memcpy(target, envelope.prefix, envelope.prefix_size)
             if n:
                 memcpy(target + envelope.prefix_size, p, n)
-            memcpy(target + envelope.prefix_size + n, envelope.suffix, envelope.suffix_size)
+            if envelope.suffix_size:
+                memcpy(target + envelope.prefix_size + n, envelope.suffix, envelope.suffix_size)
             self.short_unanswered = False
             return size
         if self.pending() and self.pending() + size > mark:

@@ -185,28 +185,22 @@ cdef class Stream:
     cdef Py_ssize_t write_bytes(
         self, const char* p, Py_ssize_t n, bint whole, bytes owner
     ) except -2
-    @cython.final
-    cdef bint _holdable(self, Py_ssize_t n) noexcept
-    @cython.final
-    cdef Py_ssize_t _write_plain(self, const char* p, Py_ssize_t n, bint whole) except -2
+    cdef inline bint _holdable(self, Py_ssize_t n) noexcept
+    cdef inline Py_ssize_t _write_plain(self, const char* p, Py_ssize_t n, bint whole) except -2
     @cython.final
     cdef Py_ssize_t _write_tls(self, const char* p, Py_ssize_t n, bint whole) except -2
     # Where n bytes go that are accepted and held until the turn ends; the caller puts them there.
     # NULL where write_bytes has to decide what becomes of them. The stream is ESTABLISHED.
     cdef char* accept_held(self, Py_ssize_t n) except? NULL
-    @cython.final
-    cdef bint _corking(self) noexcept
+    cdef inline bint _corking(self) noexcept
     @cython.final
     cdef Py_ssize_t _hold(self, const char* p, Py_ssize_t n, bint whole) except -1
     @cython.final
     cdef int _append(self, const char* p, Py_ssize_t n) except -1
     cdef int _copy_lone(self, Py_ssize_t start) except -1
-    @cython.final
-    cdef int _keep(self, const char* p, Py_ssize_t n, bytes owner) except -1
-    @cython.final
-    cdef BufferSink _sink(self)
-    @cython.final
-    cdef int _flush_later(self) except -1
+    cdef inline int _keep(self, const char* p, Py_ssize_t n, bytes owner) except -1
+    cdef inline BufferSink _sink(self)
+    cdef inline int _flush_later(self) except -1
     @cython.final
     cdef Py_ssize_t _send(self, const char* p, Py_ssize_t n) except -2
     cdef int _send_outgoing(self) except -1
@@ -218,8 +212,7 @@ cdef class Stream:
     cdef int leave_turn(self) except -1
     @cython.final
     cdef int _leave_reading(self, Py_ssize_t before) except -1
-    @cython.final
-    cdef Py_ssize_t pending(self) noexcept
+    cdef inline Py_ssize_t pending(self) noexcept
     cdef int arm_writer(self) except -1
     cdef void _disarm_writer(self)
     cdef int wake_writers(self) except -1

@@ -782,14 +782,14 @@ cdef class Stream:
 
     # ── Writing ────────────────────────────────────────────────────────────────────────────────
 
-    cdef Py_ssize_t pending(self) noexcept:
+    cdef inline Py_ssize_t pending(self) noexcept:
         """Bytes accepted that the kernel does not have yet, as plain text."""
         cdef Py_ssize_t held = 0 if self.lone is None else PyBytes_GET_SIZE(self.lone)
         if self.tls is not None or self.wire_plain:
             return held + (0 if self.plain is None else self.plain.held()) + self.wire_plain
         return held + (0 if self.wire is None else self.wire.held())
 
-    cdef bint _corking(self) noexcept:
+    cdef inline bint _corking(self) noexcept:
         return self.group.cork or self.corks > 0
 
     cdef Py_ssize_t write_bytes(
@@ -819,14 +819,14 @@ cdef class Stream:
                 self.deadlines().active = now()
         return taken
 
-    cdef bint _holdable(self, Py_ssize_t n) noexcept:
+    cdef inline bint _holdable(self, Py_ssize_t n) noexcept:
         """Whether these wait for what comes next, to leave together with it."""
         return (
             n <= UVS_COPY_LIMIT and self._corking()
             and n + self.pending() <= self.group.high_water_mark
         )
 
-    cdef Py_ssize_t _write_plain(self, const char* p, Py_ssize_t n, bint whole) except -2:
+    cdef inline Py_ssize_t _write_plain(self, const char* p, Py_ssize_t n, bint whole) except -2:
         cdef Py_ssize_t taken
         if self.blocked:
             return self._hold(p, n, whole)
@@ -880,7 +880,7 @@ cdef class Stream:
         self._append(p, n)
         return n
 
-    cdef int _keep(self, const char* p, Py_ssize_t n, bytes owner) except -1:
+    cdef inline int _keep(self, const char* p, Py_ssize_t n, bytes owner) except -1:
         """Hold these until the turn ends, as they are if they are the first."""
         cdef BufferSink sink = self.wire if self.tls is None else self.plain
         if sink is None:
@@ -893,7 +893,7 @@ cdef class Stream:
         memcpy(sink.extend(n), p, n)
         return self._flush_later()
 
-    cdef BufferSink _sink(self):
+    cdef inline BufferSink _sink(self):
         """Where accepted bytes are held: plain text for TLS, else bytes for the kernel."""
         if self.tls is not None:
             if self.plain is None:
@@ -916,7 +916,7 @@ cdef class Stream:
         self._sink().append(PyBytes_AS_STRING(lone) + start, PyBytes_GET_SIZE(lone) - start)
         return 0
 
-    cdef int _flush_later(self) except -1:
+    cdef inline int _flush_later(self) except -1:
         if self.turn == 0 and self.corks == 0 and not self.blocked:
             self.state.held_outside += 1
             if not self.dirty:
