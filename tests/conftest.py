@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import gc
 import os
+import re
 import socket
 import ssl
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +188,27 @@ def tcp_wire(authority: Authority, tmp_path: Path) -> Wire:
 @pytest.fixture
 def tls_wire(authority: Authority, tmp_path: Path) -> Wire:
     return Wire("tls", authority, tmp_path)
+
+
+def without_slowness(stderr: str) -> str:
+    """Without what asyncio's debug mode says of callbacks that took 0.1 s: the machine was busy."""
+    return re.sub(r"^Executing <.*> took \d+\.\d+ seconds\n", "", stderr, flags=re.MULTILINE)
+
+
+def run_python(
+    *arguments: str, under: Sequence[str] = (), warnings: str = "error", **options: Any
+) -> str:
+    """What a program prints that ends by itself, succeeds and says nothing on stderr.
+
+    ``arguments`` are the interpreter's, ``under`` is a command that runs it, ``options`` are those
+    of ``subprocess.run``.
+    """
+    command = [*under, sys.executable, "-W", warnings, *arguments]
+    options = {"timeout": 20} | options
+    result = subprocess.run(command, capture_output=True, text=True, **options)
+    assert without_slowness(result.stderr) == ""
+    assert result.returncode == 0
+    return result.stdout
 
 
 def open_descriptors() -> set[int]:

@@ -30,7 +30,7 @@ from typing import Any
 import pytest
 
 import uvsock
-from conftest import Recorder, Wire, open_descriptors, soon, until
+from conftest import Recorder, Wire, open_descriptors, run_python, soon, until
 from uvsock import BufferSink, ReadyState, _connector
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
@@ -109,15 +109,6 @@ def strace() -> str:
     if probe.returncode and not os.environ.get("CI"):
         pytest.skip(f"strace may not trace here: {probe.stderr}")
     return found
-
-
-def output(program: str, *arguments: str, under: list[str] | None = None) -> str:
-    """What a program prints, which must succeed and say nothing on stderr."""
-    command = [*(under or []), sys.executable, "-W", "error", "-c", program, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    assert result.stderr == ""
-    assert result.returncode == 0
-    return result.stdout
 
 
 # ── Arguments ──────────────────────────────────────────────────────────────────────────────────
@@ -521,7 +512,9 @@ uvsock.run(main())
     looked = []
     for host in ("127.0.0.1", "localhost"):
         trace = tmp_path / host
-        output(program, host, under=[strace(), "-f", "-qq", "-e", "openat", "-o", str(trace)])
+        run_python(
+            "-c", program, host, under=[strace(), "-f", "-qq", "-e", "openat", "-o", str(trace)]
+        )
         looked.append("/etc/hosts" in trace.read_text())
     assert looked == [False, True]
 

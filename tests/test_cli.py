@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 import uvsock
-from conftest import Authority
+from conftest import Authority, without_slowness
 
 LIMIT = 20.0  # seconds for any single thing to happen
 BULK = bytes(range(256)) * 16384  # 4 MiB, more than the kernel holds for a socket
@@ -46,7 +46,7 @@ class Programs:
         """Exit status, standard output and standard error of a program that ends by itself."""
         program = self.start(*words)
         output, errors = program.communicate(data, timeout=LIMIT)
-        return program.returncode, output, errors.decode()
+        return program.returncode, output, without_slowness(errors.decode())
 
     def echo(self, *words: object) -> tuple[subprocess.Popen[bytes], str]:
         """A running echo server and the address that it says it listens on."""
@@ -62,7 +62,7 @@ class Programs:
         """Exit status and standard error of a server that is told to stop."""
         program.send_signal(number)
         _, errors = program.communicate(timeout=LIMIT)
-        return program.returncode, errors.decode()
+        return program.returncode, without_slowness(errors.decode())
 
 
 @pytest.fixture
@@ -472,7 +472,7 @@ def test_connect_stops_at_a_signal_with_input_open(programs: Programs, number: i
         program.send_signal(number)
         assert program.wait(LIMIT) == 128 + number
         assert program.stderr is not None
-        assert program.stderr.read() == b""
+        assert without_slowness(program.stderr.read().decode()) == ""
 
 
 def test_connect_stops_at_a_signal_while_it_is_connecting(programs: Programs) -> None:

@@ -199,7 +199,7 @@ import pytest  # noqa: E402
 import trustme  # noqa: E402
 
 import uvsock  # noqa: E402
-from conftest import Authority  # noqa: E402
+from conftest import Authority, run_python  # noqa: E402
 
 PAGES = sorted(
     [ROOT / "README.md", *(p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts)]
@@ -234,14 +234,9 @@ def directory(authority: Authority, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=name_of)
 def test_the_code_of_a_page_runs_and_prints_what_the_page_says(page: Path, directory: Path) -> None:
-    command = [sys.executable, "-W", "error", __file__, str(page), str(free_port())]
     # The same uvsock as here, also where the path to it is relative.
     environment = os.environ | {"PYTHONPATH": str(Path(uvsock.__file__).parent.parent)}
-    result = subprocess.run(
-        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=50
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+    run_python(__file__, str(page), str(free_port()), cwd=directory, env=environment, timeout=50)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

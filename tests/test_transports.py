@@ -13,7 +13,6 @@ import os
 import socket
 import ssl
 import struct
-import subprocess
 import sys
 import weakref
 from collections.abc import AsyncIterator, Callable
@@ -24,7 +23,7 @@ import pytest
 import uvloop
 
 import uvsock
-from conftest import SERVER_NAME, Authority, Wire, soon, until
+from conftest import SERVER_NAME, Authority, Wire, run_python, soon, until
 
 LOOPS = {"uvsock": uvsock.new_event_loop, "asyncio": asyncio.SelectorEventLoop}
 uvsock_only = pytest.mark.asyncio(loop_factories=["uvsock"])
@@ -33,18 +32,6 @@ uvsock_only = pytest.mark.asyncio(loop_factories=["uvsock"])
 not_on_asyncio_312 = pytest.mark.asyncio(
     loop_factories=["uvsock"] if sys.version_info >= (3, 12) else list(LOOPS)
 )
-
-
-def run_python(text: str, *words: str, warnings: str = "error") -> str:
-    """What a program prints, with nothing on stderr."""
-    result = subprocess.run(
-        [sys.executable, "-W", warnings, "-c", text, *words],
-        capture_output=True,
-        text=True,
-        timeout=20,
-    )
-    assert result.stderr == ""
-    return result.stdout
 
 
 class Recorder(asyncio.Protocol):
@@ -938,7 +925,7 @@ def test_an_exit_leaves_the_loop(
     for name, pem in authority.server_options.items():
         (tmp_path / name).write_bytes(pem)
     # Connections are left open, and uvloop cannot close its loop where warnings are errors.
-    said = run_python(LEAVING, event, kind, str(tmp_path), warnings="ignore")
+    said = run_python("-c", LEAVING, event, kind, str(tmp_path), warnings="ignore")
     assert said == "left with 7\n"
 
 
@@ -1469,18 +1456,23 @@ async def test_uvsocks_own_sockets_run_on_it() -> None:
 
 def test_run_is_on_it() -> None:
     assert (
-        run_python("""
+        run_python(
+            "-c",
+            """
 import asyncio, uvsock
 async def main(): return isinstance(asyncio.get_running_loop(), uvsock.Loop)
 print(uvsock.run(main()))
-""")
+""",
+        )
         == "True\n"
     )
 
 
 def test_install() -> None:
     assert (
-        run_python("""
+        run_python(
+            "-c",
+            """
 import asyncio, sys, uvsock, warnings
 if sys.version_info >= (3, 12):
     try:
@@ -1493,7 +1485,8 @@ warnings.simplefilter("ignore", DeprecationWarning)
 uvsock.install()
 async def main(): return isinstance(asyncio.get_running_loop(), uvsock.Loop)
 print(asyncio.run(main()))
-""")
+""",
+        )
         == "True\n"
     )
 
