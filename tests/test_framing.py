@@ -961,6 +961,24 @@ async def test_views_are_released_after_each_frame(wire: Wire, asynchronous: boo
     assert [bytes(view) for view in slices] == ALL
 
 
+async def test_a_view_is_good_until_the_error_of_its_handler_was_told(wire: Wire) -> None:
+    views: list[memoryview] = []
+    told: list[bytes] = []
+
+    def data(socket: uvsock.Socket[Any], frame: Any) -> None:
+        views.append(frame)
+        raise ZeroDivisionError
+
+    def error(socket: uvsock.Socket[Any], error: Exception) -> None:
+        told.append(bytes(views[-1]))
+
+    received = await frames_with(wire, data, error=error, binary_type="memoryview")
+    assert received == told == ALL
+    for view in views:
+        with pytest.raises(ValueError, match="released"):
+            len(view)
+
+
 async def test_tls_starts_behind_a_frame(plain_wire: Wire) -> None:
     """What a framer holds already of the TLS session is taken by the upgrade itself."""
     options = plain_wire.authority.server_options

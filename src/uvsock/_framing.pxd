@@ -55,9 +55,11 @@ cdef class Framer:
     # The same, checked, for a caller that has the bytes at p this far from the beginning of their
     # owner. Where it returns False, `searched` and `need` are set for the next look.
     @cython.final
-    cdef bint look(
-        self, object owner, const char* p, Py_ssize_t n, Py_ssize_t offset, Cut* cut
+    cdef inline bint look(
+        self, PyObject* owner, const char* p, Py_ssize_t n, Py_ssize_t offset, Cut* cut
     ) except -1
+    cdef bint _refuse(self, Py_ssize_t n, const Cut* cut) except -1
+    cdef bint _unfinished(self, Py_ssize_t n, Cut* cut) except -1
     # What belongs around these n bytes. It returns what keeps the envelope's pointers alive.
     cdef object enclose(self, const char* p, Py_ssize_t n, Envelope* envelope)
 
@@ -121,10 +123,11 @@ cdef class FrameReader:
     cdef int fail(self) except -1
 
     cdef inline bint _find(
-        self, object owner, const char* p, Py_ssize_t n, Py_ssize_t offset
+        self, PyObject* owner, const char* p, Py_ssize_t n, Py_ssize_t offset
     ) except -1
     cdef inline object _make(
         self, object owner, const char* p, Py_ssize_t offset, Delivery delivery
     )
+    cdef object _next_kept(self, Delivery delivery)
     cdef int _forget(self) except -1
     cdef int _keep(self, Py_ssize_t n) except -1

@@ -148,21 +148,26 @@ cdef class Framer:
         cut.start, cut.stop, cut.size = found
         return 1
 
-    cdef bint look(
-        self, object owner, const char* p, Py_ssize_t n, Py_ssize_t offset, Cut* cut
+    cdef inline bint look(
+        self, PyObject* owner, const char* p, Py_ssize_t n, Py_ssize_t offset, Cut* cut
     ) except -1:
-        cut.owner = <PyObject*>owner
+        cut.owner = owner
         cut.offset = offset
         cut.need = 0
-        if self.cut(p, n, cut):
-            if not 0 <= cut.start <= cut.stop <= cut.size <= n or cut.size == 0:
-                raise ValueError(
-                    f"{self!r} found a frame [{cut.start}:{cut.stop}] of {cut.size} bytes "
-                    f"in {n} bytes"
-                )
-            if cut.size > self.limit:
-                raise _too_large(self)
+        if not self.cut(p, n, cut):
+            return self._unfinished(n, cut)
+        if 0 <= cut.start <= cut.stop <= cut.size <= n and 0 < cut.size <= self.limit:
             return True
+        return self._refuse(n, cut)
+
+    cdef bint _refuse(self, Py_ssize_t n, const Cut* cut) except -1:
+        if 0 <= cut.start <= cut.stop <= cut.size <= n and cut.size:
+            raise _too_large(self)
+        raise ValueError(
+            f"{self!r} found a frame [{cut.start}:{cut.stop}] of {cut.size} bytes in {n} bytes"
+        )
+
+    cdef bint _unfinished(self, Py_ssize_t n, Cut* cut) except -1:
         if n > self.limit or cut.need > self.limit:
             raise _too_large(self)
         cut.searched = n
@@ -495,40 +500,45 @@ cdef class FrameReader:
 
     cdef object next(self, Delivery delivery):
         """The next whole frame, or None."""
-        cdef BufferSink tail = self._tail
-        cdef Py_ssize_t n = self._size - self._position, wanted
-        cdef const char* p
+        cdef const char* p = self._chunk + self._position
+        cdef Py_ssize_t n = self._size - self._position
         if not self.more:
             return None
-        if tail is None:
-            p = self._chunk + self._position
-            if n == 0 or not self._find(self._owner, p, n, self._position):
+        if self._tail is not None:
+            return self._next_kept(delivery)
+        if n == 0 or not self._find(<PyObject*>self._owner, p, n, self._position):
+            self.more = False
+            return None
+        frame = self._make(self._owner, p, self._position, delivery)
+        self._position += self._cut.size
+        self._cut.searched = self._cut.need = 0
+        return frame
+
+    cdef object _next_kept(self, Delivery delivery):
+        """The same for a frame that began in an earlier chunk."""
+        cdef BufferSink tail = self._tail
+        cdef Py_ssize_t n = self._size - self._position, wanted
+        while (
+            tail.held() < self._cut.need or tail.held() == self._cut.searched
+            or not self._find(<PyObject*>tail, tail.head(), tail.held(), 0)
+        ):
+            if n == 0:
                 self.more = False
                 return None
-            frame = self._make(self._owner, p, self._position, delivery)
-            self._position += self._cut.size
-        else:
-            while (
-                tail.held() < self._cut.need or tail.held() == self._cut.searched
-                or not self._find(tail, tail.head(), tail.held(), 0)
-            ):
-                if n == 0:
-                    self.more = False
-                    return None
-                # No more than the frame lacks. Where that is not known, as much again as there is.
-                if self._cut.need:
-                    wanted = self._cut.need - tail.held()
-                else:
-                    wanted = max(tail.held(), <Py_ssize_t>UVS_FILL)
-                self._keep(min(n, wanted))
-                tail = self._tail
-                n = self._size - self._position
-            frame = self._make(tail, tail.head(), 0, delivery)
-            tail.consume(self._cut.size)
-            # What was too much is cut where it came from.
-            if tail.held() <= self._position:
-                self._position -= tail.held()
-                self._tail = None
+            # No more than the frame lacks. Where that is not known, as much again as there is.
+            if self._cut.need:
+                wanted = self._cut.need - tail.held()
+            else:
+                wanted = max(tail.held(), <Py_ssize_t>UVS_FILL)
+            self._keep(min(n, wanted))
+            tail = self._tail
+            n = self._size - self._position
+        frame = self._make(tail, tail.head(), 0, delivery)
+        tail.consume(self._cut.size)
+        # What was too much is cut where it came from.
+        if tail.held() <= self._position:
+            self._position -= tail.held()
+            self._tail = None
         self._cut.searched = self._cut.need = 0
         return frame
 
@@ -548,7 +558,7 @@ cdef class FrameReader:
         return 0
 
     cdef inline bint _find(
-        self, object owner, const char* p, Py_ssize_t n, Py_ssize_t offset
+        self, PyObject* owner, const char* p, Py_ssize_t n, Py_ssize_t offset
     ) except -1:
         cdef Cut* cut = &self._cut
         if self.framer is None:

@@ -1,5 +1,8 @@
 # One contiguous, growing buffer of bytes. It knows nothing of sockets.
 
+cimport cython
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_GET_SIZE
+
 
 cdef class BufferSink:
     cdef bytearray _store         # owned; its length is the capacity; None until the first byte
@@ -17,10 +20,26 @@ cdef class BufferSink:
     # is held. It does not look at whether the sink has ended.
     cdef int append(self, const char* p, Py_ssize_t n) except -1
     # The same for bytes that the caller puts there: n is above 0.
-    cdef char* extend(self, Py_ssize_t n) except NULL
+    @cython.final
+    cdef inline char* extend(self, Py_ssize_t n) except NULL:
+        cdef char* end
+        if self._store is None or n > PyByteArray_GET_SIZE(self._store) - self._end:
+            self._reserve(n)
+        end = PyByteArray_AS_STRING(self._store) + self._end
+        self._end += n
+        return end
+
     # The first byte held: good until the next append, NULL before the first.
-    cdef char* head(self) noexcept
-    cdef Py_ssize_t held(self) noexcept
+    @cython.final
+    cdef inline char* head(self) noexcept:
+        if self._store is None:
+            return NULL
+        return PyByteArray_AS_STRING(self._store) + self._start
+
+    @cython.final
+    cdef inline Py_ssize_t held(self) noexcept:
+        return self._end - self._start
+
     # Drop from the front; n is at most held().
     cdef void consume(self, Py_ssize_t n) noexcept
     # Of an empty sink without views: give large memory back.

@@ -83,20 +83,6 @@ cdef class BufferSink:
             memcpy(self.extend(n), p, n)
         return 0
 
-    cdef char* extend(self, Py_ssize_t n) except NULL:
-        cdef char* end
-        if self._store is None or n > PyByteArray_GET_SIZE(self._store) - self._end:
-            self._reserve(n)
-        end = PyByteArray_AS_STRING(self._store) + self._end
-        self._end += n
-        return end
-
-    cdef char* head(self) noexcept:
-        return PyByteArray_AS_STRING(self._store) + self._start if self._store is not None else NULL
-
-    cdef Py_ssize_t held(self) noexcept:
-        return self._end - self._start
-
     cdef void consume(self, Py_ssize_t n) noexcept:
         self._start += n
         # Not under a view: the next write would change the bytes that it shows.

@@ -58,11 +58,10 @@ cdef class Socket(Stream):
     cdef object _wait_for(self, str what)
     cdef int _tell(self, str what, object error) except -1
     @cython.final
-    cdef Py_ssize_t _write_enclosed(self, const char* p, Py_ssize_t n) except -2
-    @cython.final
     cdef Py_ssize_t _write_checked(
         self, const char* p, Py_ssize_t n, bint whole, bytes owner
     ) except -2
+    cdef Py_ssize_t _write_frame_from(self, object data) except -2
     @cython.final
     cdef Py_ssize_t _write_from(
         self, object data, object offset, object length, bint whole

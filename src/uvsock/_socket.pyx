@@ -15,11 +15,8 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_CheckBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_Check
 from libc.math cimport INFINITY
-from libc.string cimport memcpy
 
-from uvsock._framing cimport (
-    AS_BYTEARRAY, AS_BYTES, AS_MEMORYVIEW, Envelope, Framer, FrameReader,
-)
+from uvsock._framing cimport AS_BYTEARRAY, AS_BYTES, AS_MEMORYVIEW, Framer, FrameReader
 from uvsock._handlers cimport (
     CLOSE, DATA, DRAIN, END, ERROR, HANDSHAKE, OPEN, TIMEOUT, Handlers, event_name,
 )
@@ -211,13 +208,13 @@ cdef class Socket(Stream):
         return self._own if self._own is not None else (<Group>self.group).handlers
 
     cdef int on_data(self, object data) except -1:
-        try:
-            result = self.table().on_data(self, data)
-        except BaseException as error:
-            return self._raised(DATA, error)
+        result = self.table().on_data(self, data)
         if result is None or result is NotImplemented:
             return 0
         return self._start(DATA, result)
+
+    cdef int on_data_raised(self, object error) except -1:
+        return self._raised(DATA, error)
 
     cdef int on_open(self) except -1:
         self.opened = True
@@ -549,7 +546,7 @@ cdef class Socket(Stream):
 
     cdef Py_ssize_t write_frame_memory(self, const char* p, Py_ssize_t n) except -2:
         self.state.check()
-        return self._write_enclosed(p, n)
+        return self.write_framed(p, n)
 
     @cython.binding(False)
     def write_frame(self, data):
@@ -570,70 +567,28 @@ cdef class Socket(Stream):
             ValueError: the framer cannot write this frame, as one that contains the delimiter.
             RuntimeError: the socket has no framing.
         """
+        if PyBytes_CheckExact(data):
+            self.state.check()
+            return self.write_framed(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+        return self._write_frame_from(data)
+
+    cdef Py_ssize_t _write_frame_from(self, object data) except -2:
         cdef Py_buffer view
         cdef const char* p
         cdef Py_ssize_t n
         self.state.check()
-        if PyBytes_CheckExact(data):
-            return self._write_enclosed(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
         if PyUnicode_Check(data):
             p = PyUnicode_AsUTF8AndSize(data, &n)
-            return self._write_enclosed(p, n)
+            return self.write_framed(p, n)
         if not PyObject_CheckBuffer(data):
             raise TypeError(f"data: must be str or a bytes-like object, not {type(data).__name__}")
         if isinstance(data, memoryview) and not data.c_contiguous:
             raise TypeError("data: must be a C-contiguous buffer")
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
-            return self._write_enclosed(<const char*>view.buf, view.len)
+            return self.write_framed(<const char*>view.buf, view.len)
         finally:
             PyBuffer_Release(&view)
-
-    cdef Py_ssize_t _write_enclosed(self, const char* p, Py_ssize_t n) except -2:
-        cdef Envelope envelope
-        cdef char* target
-        cdef Py_ssize_t size, mark = self.group.high_water_mark
-        cdef Framer framer = None if self.frames is None else self.frames.framer
-        if framer is None:
-            raise RuntimeError("write_frame: the socket has no framing")
-        if self.phase != ESTABLISHED or self.broken:
-            return self.write_bytes(p, n, False, None)
-        envelope.prefix = envelope.suffix = b""
-        envelope.prefix_size = envelope.suffix_size = 0
-        _owner = framer.enclose(p, n, &envelope)
-        size = envelope.prefix_size + n + envelope.suffix_size
-        target = self.accept_held(size)
-        if target != NULL:
-            if envelope.prefix_size:
-                memcpy(target, envelope.prefix, envelope.prefix_size)
-            if n:
-                memcpy(target + envelope.prefix_size, p, n)
-            if envelope.suffix_size:
-                memcpy(target + envelope.prefix_size + n, envelope.suffix, envelope.suffix_size)
-            self.short_unanswered = False
-            return size
-        if self.pending() and self.pending() + size > mark:
-            self.flush_now()
-        if self.sending or (self.pending() and self.pending() + size > mark):
-            self.short_write = self.short_unanswered = True
-            return 0
-        self.short_unanswered = False
-        self.corks += 1  # the parts leave together
-        try:
-            if (
-                self.write_bytes(envelope.prefix, envelope.prefix_size, True, None) < 0
-                or self.write_bytes(p, n, True, None) < 0
-                or self.write_bytes(envelope.suffix, envelope.suffix_size, True, None) < 0
-            ):
-                size = -1
-        finally:
-            self.corks -= 1
-        if self.corks == 0:
-            if not self.group.cork:
-                self.flush_now()
-            elif self.pending():
-                self._flush_later()
-        return size
 
     async def send_all(self, data):
         """Send all of the data, waiting under back-pressure.

@@ -10,9 +10,12 @@
 
 cimport cython
 
-from uvsock._framing cimport Delivery, FrameReader
+from uvsock._framing cimport Delivery, Envelope, FrameReader
 from uvsock._sink cimport BufferSink
 from uvsock._tls cimport TLSLayer
+
+cdef extern from "pythread.h":
+    unsigned long PyThread_get_thread_ident() noexcept
 
 
 cdef enum Phase:
@@ -29,6 +32,7 @@ cdef class ReadBuffer:
     cdef int exports
 
 
+@cython.final
 cdef class LoopState:
     # One per event loop. Streams hold it; it holds their groups only while they have streams.
     cdef readonly object loop
@@ -46,7 +50,10 @@ cdef class LoopState:
     cdef ReadBuffer plain_buffer
     cdef ReadBuffer tls_buffer
 
-    cdef int check(self) except -1
+    cdef inline int check(self) except -1:
+        return 0 if PyThread_get_thread_ident() == self.thread else self._wrong_thread()
+
+    cdef int _wrong_thread(self) except -1
     cdef int add_dirty(self, Stream stream) except -1
     cdef bint defer_flush(self) noexcept
     cdef BufferSink take_sink(self)
@@ -106,6 +113,7 @@ cdef class Stream:
     cdef unsigned char transport_paused
     cdef unsigned char paused             # by the user
     cdef unsigned char busy               # an async handler runs
+    cdef unsigned char full               # a buffered protocol had no room: that comes first
     cdef unsigned char read_off           # shutdown(read=True)
     cdef unsigned char tcp_eof            # the peer's FIN was read
     cdef unsigned char peer_ended         # the peer's end was delivered, or needs no delivery
@@ -146,10 +154,12 @@ cdef class Stream:
     cdef object error            # what broke the connection, or None
     cdef list write_waiters      # Futures: everything accepted has left, or the stream is closed
 
-    # Events, for the subclass. They do not raise.
+    # Events, for the subclass. They do not raise, but for on_data: what that raises goes to
+    # on_data_raised, so that the frames of a chunk need one `try` for all.
     cdef int on_made(self) except -1      # there is a connection; entering LEAVING refuses it
     cdef int on_open(self) except -1
     cdef int on_data(self, object data) except -1
+    cdef int on_data_raised(self, object error) except -1
     cdef int on_frame_error(self, object error) except -1
     cdef int on_drain(self) except -1
     cdef int on_end(self) except -1
@@ -161,7 +171,7 @@ cdef class Stream:
     # Reading
     cdef ReadBuffer lend_buffer(self)
     cdef int received_in_buffer(self, Py_ssize_t n) except -1
-    cdef bint held_back(self) noexcept
+    cdef inline bint held_back(self) noexcept
     cdef int update_reading(self) except -1
     @cython.final
     cdef int _receive(self, object data) except -1
@@ -169,6 +179,7 @@ cdef class Stream:
     cdef int _drop_input(self) except -1
     @cython.final
     cdef int _deliver(self, object data) except -1
+    cdef inline int _give(self, object data) except -1
     cdef int _deliver_memory(self, ReadBuffer buffer, Py_ssize_t n, int own_exports) except -1
     @cython.final
     cdef int _deliver_frames(self) except -1
@@ -189,9 +200,11 @@ cdef class Stream:
     cdef inline Py_ssize_t _write_plain(self, const char* p, Py_ssize_t n, bint whole) except -2
     @cython.final
     cdef Py_ssize_t _write_tls(self, const char* p, Py_ssize_t n, bint whole) except -2
-    # Where n bytes go that are accepted and held until the turn ends; the caller puts them there.
-    # NULL where write_bytes has to decide what becomes of them. The stream is ESTABLISHED.
-    cdef char* accept_held(self, Py_ssize_t n) except? NULL
+    cdef Py_ssize_t write_framed(self, const char* p, Py_ssize_t n) except -2
+    cdef Py_ssize_t _write_parts(
+        self, const Envelope* envelope, const char* p, Py_ssize_t n, Py_ssize_t size
+    ) except -2
+    cdef inline int _accepted(self, Py_ssize_t n) except -1
     cdef inline bint _corking(self) noexcept
     @cython.final
     cdef Py_ssize_t _hold(self, const char* p, Py_ssize_t n, bint whole) except -1
@@ -199,7 +212,9 @@ cdef class Stream:
     cdef int _append(self, const char* p, Py_ssize_t n) except -1
     cdef int _copy_lone(self, Py_ssize_t start) except -1
     cdef inline int _keep(self, const char* p, Py_ssize_t n, bytes owner) except -1
+    cdef inline BufferSink _sink_or_none(self)
     cdef inline BufferSink _sink(self)
+    cdef BufferSink _new_sink(self)
     cdef inline int _flush_later(self) except -1
     @cython.final
     cdef Py_ssize_t _send(self, const char* p, Py_ssize_t n) except -2

@@ -18,12 +18,11 @@ from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport close as close_descriptor
 
-from uvsock._framing cimport AS_BYTEARRAY, AS_BYTES, AS_MEMORYVIEW, FrameReader
+from uvsock._framing cimport (
+    AS_BYTEARRAY, AS_BYTES, AS_MEMORYVIEW, Envelope, FrameReader,
+)
 from uvsock._sink cimport BufferSink
 from uvsock._tls cimport TLSLayer
-
-cdef extern from "pythread.h":
-    unsigned long PyThread_get_thread_ident() noexcept
 
 cdef extern from "fcntl.h":
     int fcntl(int fd, int command, ...) noexcept
@@ -129,13 +128,11 @@ cdef class LoopState:
         self.plain_buffer = None
         self.tls_buffer = None
 
-    cdef int check(self) except -1:
-        if PyThread_get_thread_ident() != self.thread:
-            raise RuntimeError(
-                f"called in thread {PyThread_get_thread_ident()}, but this object belongs to the "
-                f"event loop of thread {self.thread}; use loop.call_soon_threadsafe()"
-            )
-        return 0
+    cdef int _wrong_thread(self) except -1:
+        raise RuntimeError(
+            f"called in thread {PyThread_get_thread_ident()}, but this object belongs to the "
+            f"event loop of thread {self.thread}; use loop.call_soon_threadsafe()"
+        )
 
     def check_thread(self):
         """Raise RuntimeError unless called in the loop's thread."""
@@ -479,6 +476,9 @@ cdef class Stream:
     cdef int on_data(self, object data) except -1:
         return 0
 
+    cdef int on_data_raised(self, object error) except -1:
+        return 0
+
     cdef int on_frame_error(self, object error) except -1:
         return 0
 
@@ -502,8 +502,8 @@ cdef class Stream:
 
     # ── Reading ────────────────────────────────────────────────────────────────────────────────
 
-    cdef bint held_back(self) noexcept:
-        return self.paused or self.busy
+    cdef inline bint held_back(self) noexcept:
+        return self.paused or self.busy or self.full
 
     cdef int update_reading(self) except -1:
         """Let the transport read exactly when its bytes would be looked at."""
@@ -582,12 +582,19 @@ cdef class Stream:
             self.frames.feed(data, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
             return self._deliver_frames()
         if self.group.delivery == AS_BYTES:
-            return self.on_data(data)
+            return self._give(data)
         if self.group.delivery == AS_BYTEARRAY:
-            return self.on_data(bytearray(data))
+            return self._give(bytearray(data))
         view = memoryview(bytearray(data))
-        self.on_data(view)
+        self._give(view)
         return self.release_borrowed(view)
+
+    cdef inline int _give(self, object data) except -1:
+        """Deliver what is no frame."""
+        try:
+            return self.on_data(data)
+        except BaseException as error:
+            return self.on_data_raised(error)
 
     cdef int _deliver_memory(self, ReadBuffer buffer, Py_ssize_t n, int own_exports) except -1:
         if self.read_off:
@@ -598,12 +605,12 @@ cdef class Stream:
             self.frames.feed(buffer, buffer.memory, n)
             self._deliver_frames()
         elif self.group.delivery == AS_BYTES:
-            return self.on_data(PyBytes_FromStringAndSize(buffer.memory, n))
+            return self._give(PyBytes_FromStringAndSize(buffer.memory, n))
         elif self.group.delivery == AS_BYTEARRAY:
-            return self.on_data(PyByteArray_FromStringAndSize(buffer.memory, n))
+            return self._give(PyByteArray_FromStringAndSize(buffer.memory, n))
         else:
             view = PyMemoryView_FromObject(buffer)
-            self.on_data(view)
+            self._give(view)
             self.release_borrowed(view)
             view = None
         if buffer.exports > own_exports:
@@ -618,17 +625,27 @@ cdef class Stream:
         """Deliver the frames that are whole, until something holds the stream back."""
         cdef FrameReader frames = self.frames
         cdef bint borrow = self.group.delivery == AS_MEMORYVIEW
-        try:
-            while not self.held_back() and self.phase <= ENDING and not self.read_off:
-                frame = frames.next(self.group.delivery)
+        frame = None
+        while True:
+            try:
+                while not self.held_back() and self.phase <= ENDING and not self.read_off:
+                    frame = frames.next(self.group.delivery)
+                    if frame is None:
+                        break
+                    self.on_data(frame)
+                    if borrow:
+                        self.release_borrowed(frame)
+                    frame = None
+                break
+            except BaseException as error:
                 if frame is None:
+                    frames.fail()
+                    self.on_frame_error(error)
                     break
-                self.on_data(frame)
+                # The handler's error, not the framer's: the frames behind this one follow.
+                self.on_data_raised(error)
                 if borrow:
                     self.release_borrowed(frame)
-        except BaseException as error:
-            frames.fail()
-            self.on_frame_error(error)
         if self.phase > ENDING or self.read_off:
             frames.drop()
         frames.leave()
@@ -814,9 +831,7 @@ cdef class Stream:
         else:
             taken = self._write_tls(p, n, whole)
         if taken > 0:
-            self.bytes_written += taken
-            if self.group.idle_timeout > 0:
-                self.deadlines().active = now()
+            self._accepted(taken)
         return taken
 
     cdef inline bint _holdable(self, Py_ssize_t n) noexcept:
@@ -858,16 +873,72 @@ cdef class Stream:
             done += self._hold(p + done, n - done, whole)
         return done
 
-    cdef char* accept_held(self, Py_ssize_t n) except? NULL:
-        if self.blocked or self.sending or n == 0 or not self._holdable(n):
-            return NULL
-        if self.lone is not None:
-            self._copy_lone(0)
+    cdef Py_ssize_t write_framed(self, const char* p, Py_ssize_t n) except -2:
+        """Accept a frame, with what belongs around it, as a whole: its size on the wire.
+
+        0 if it has to wait, -1 once the write side is closed.
+        """
+        cdef Envelope envelope
+        cdef char* target
+        cdef Py_ssize_t size
+        if self.frames is None or self.frames.framer is None:
+            raise RuntimeError("write_frame: the socket has no framing")
+        if self.phase != ESTABLISHED or self.broken:
+            return self.write_bytes(p, n, False, None)
+        envelope.prefix = envelope.suffix = b""
+        envelope.prefix_size = envelope.suffix_size = 0
+        _owner = self.frames.framer.enclose(p, n, &envelope)
+        size = envelope.prefix_size + n + envelope.suffix_size
+        if self.blocked or self.sending or size == 0 or not self._holdable(size):
+            return self._write_parts(&envelope, p, n, size)
+        self.short_unanswered = False
+        self._accepted(size)
         self._flush_later()
+        target = self._sink().extend(size)
+        if envelope.prefix_size:
+            memcpy(target, envelope.prefix, envelope.prefix_size)
+            target += envelope.prefix_size
+        if n:
+            memcpy(target, p, n)
+        if envelope.suffix_size == 1:
+            target[n] = envelope.suffix[0]
+        elif envelope.suffix_size:
+            memcpy(target + n, envelope.suffix, envelope.suffix_size)
+        return size
+
+    cdef Py_ssize_t _write_parts(
+        self, const Envelope* envelope, const char* p, Py_ssize_t n, Py_ssize_t size
+    ) except -2:
+        """The same for a frame that does not simply wait for what comes next."""
+        cdef Py_ssize_t mark = self.group.high_water_mark
+        if self.pending() and self.pending() + size > mark:
+            self.flush_now()
+        if self.sending or (self.pending() and self.pending() + size > mark):
+            self.short_write = self.short_unanswered = True
+            return 0
+        self.short_unanswered = False
+        self.corks += 1  # the parts leave together
+        try:
+            if (
+                self.write_bytes(envelope.prefix, envelope.prefix_size, True, None) < 0
+                or self.write_bytes(p, n, True, None) < 0
+                or self.write_bytes(envelope.suffix, envelope.suffix_size, True, None) < 0
+            ):
+                size = -1
+        finally:
+            self.corks -= 1
+        if self.corks == 0:
+            if not self.group.cork:
+                self.flush_now()
+            elif self.pending():
+                self._flush_later()
+        return size
+
+    cdef inline int _accepted(self, Py_ssize_t n) except -1:
         self.bytes_written += n
         if self.group.idle_timeout > 0:
             self.deadlines().active = now()
-        return self._sink().extend(n)
+        return 0
 
     cdef Py_ssize_t _hold(self, const char* p, Py_ssize_t n, bint whole) except -1:
         """Keep what the kernel would not take, as far as it is allowed."""
@@ -882,39 +953,39 @@ cdef class Stream:
 
     cdef inline int _keep(self, const char* p, Py_ssize_t n, bytes owner) except -1:
         """Hold these until the turn ends, as they are if they are the first."""
-        cdef BufferSink sink = self.wire if self.tls is None else self.plain
-        if sink is None:
-            if owner is not None and self.lone is None:
-                self.lone = owner
-                return self._flush_later()
-            if self.lone is not None:
-                self._copy_lone(0)
-            sink = self._sink()
-        memcpy(sink.extend(n), p, n)
+        if owner is not None and self.lone is None and self._sink_or_none() is None:
+            self.lone = owner
+        else:
+            memcpy(self._sink().extend(n), p, n)
         return self._flush_later()
+
+    cdef inline BufferSink _sink_or_none(self):
+        return self.wire if self.tls is None else self.plain
 
     cdef inline BufferSink _sink(self):
         """Where accepted bytes are held: plain text for TLS, else bytes for the kernel."""
+        cdef BufferSink sink = self._sink_or_none()
+        return self._new_sink() if sink is None else sink
+
+    cdef BufferSink _new_sink(self):
+        cdef BufferSink sink = self.state.take_sink()
         if self.tls is not None:
-            if self.plain is None:
-                self.plain = self.state.take_sink()
-            return self.plain
-        if self.wire is None:
-            self.wire = self.state.take_sink()
-        return self.wire
+            self.plain = sink
+        else:
+            self.wire = sink
+        if self.lone is not None:
+            self._copy_lone(0)
+        return sink
 
     cdef int _append(self, const char* p, Py_ssize_t n) except -1:
         """Copy to the end of what is held."""
-        if self.lone is not None:
-            self._copy_lone(0)
         self._sink().append(p, n)
         return self._flush_later()
 
     cdef int _copy_lone(self, Py_ssize_t start) except -1:
         lone = self.lone
         self.lone = None
-        self._sink().append(PyBytes_AS_STRING(lone) + start, PyBytes_GET_SIZE(lone) - start)
-        return 0
+        return self._sink().append(PyBytes_AS_STRING(lone) + start, PyBytes_GET_SIZE(lone) - start)
 
     cdef inline int _flush_later(self) except -1:
         if self.turn == 0 and self.corks == 0 and not self.blocked:

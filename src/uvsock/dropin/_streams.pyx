@@ -837,7 +837,7 @@ cdef class ReaderCore:
             else:
                 owner = self._chunk
                 offset = self._head - PyBytes_AS_STRING(self._chunk)
-            if self._framer.look(owner, self._head, self._size, offset, &cut):
+            if self._framer.look(<PyObject*>owner, self._head, self._size, offset, &cut):
                 frame = PyBytes_FromStringAndSize(self._head + cut.start, cut.stop - cut.start)
                 self.drop(cut.size)
                 return frame

@@ -356,7 +356,7 @@ cdef class Transport(Stream):
             try:
                 self.compiled.bytes_received(buffer.memory, n, None)
             except BaseException as error:
-                self._failed("bytes_received", error)
+                self._failed("data_received", error)
             return 0
         if self.get_buffer is not None:
             return self._fill(buffer.memory, n)
@@ -364,23 +364,20 @@ cdef class Transport(Stream):
 
     cdef int on_data(self, object data) except -1:
         if self.received is not None and self.compiled is None:
-            try:
-                self.received(data)
-            except BaseException as error:
-                self._failed("data_received", error)
+            self.received(data)
             return 0
         if self.compiled is not None:
-            try:
-                self.compiled.bytes_received(
-                    PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), <bytes>data
-                )
-            except BaseException as error:
-                return self._failed("bytes_received", error)
+            self.compiled.bytes_received(
+                PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), <bytes>data
+            )
             if PyBytes_GET_SIZE(data) >= UVS_MUCH and not self.much and self.phase < LEAVING:
                 self.much = True
                 self._face()
             return 0
         return self._fill(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+
+    cdef int on_data_raised(self, object error) except -1:
+        return self._failed("data_received", error)
 
     cdef int _fill(self, const char* data, Py_ssize_t size) except -1:
         """Copy to the protocol's buffers, as many as that takes."""
@@ -389,9 +386,10 @@ cdef class Transport(Stream):
         while size > 0 and self.phase <= ENDING:
             if self.get_buffer is None:
                 # buffer_updated() has set another protocol.
-                return self.on_data(data[:size])
+                return self._give(data[:size])
             if self.paused:
                 self.rest = data[:size]  # ... or has paused
+                self.full = True
                 return 0
             updated = self.buffer_updated  # get_buffer() may set another protocol
             try:
@@ -414,15 +412,12 @@ cdef class Transport(Stream):
                 return self._failed("buffer_updated", error)
         return 0
 
-    cdef bint held_back(self) noexcept:
-        # What it had no room for comes first.
-        return self.paused or self.busy or self.rest is not None
-
     cdef int pump(self) except -1:
         rest = self.rest
         if rest is not None and not self.paused and not self.busy:
             self.rest = None
-            self.on_data(rest)
+            self.full = False
+            self._give(rest)
         return Stream.pump(self)
 
     cdef int on_end(self) except -1:
