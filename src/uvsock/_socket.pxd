@@ -58,7 +58,7 @@ cdef class Socket(Stream):
     cdef object _wait_for(self, str what)
     cdef int _tell(self, str what, object error) except -1
     @cython.final
-    cdef Py_ssize_t _write_checked(
+    cdef inline Py_ssize_t _write_checked(
         self, const char* p, Py_ssize_t n, bint whole, bytes owner
     ) except -2
     cdef Py_ssize_t _write_frame_from(self, object data) except -2

@@ -530,7 +530,7 @@ cdef class Socket(Stream):
             if exported:
                 PyBuffer_Release(&view)
 
-    cdef Py_ssize_t _write_checked(
+    cdef inline Py_ssize_t _write_checked(
         self, const char* p, Py_ssize_t n, bint whole, bytes owner
     ) except -2:
         cdef Py_ssize_t taken = self.write_bytes(p, n, whole, owner)

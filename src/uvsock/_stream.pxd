@@ -53,6 +53,8 @@ cdef class LoopState:
     cdef inline int check(self) except -1:
         return 0 if PyThread_get_thread_ident() == self.thread else self._wrong_thread()
 
+    cpdef int hold(self) except -1
+    cpdef int release(self) except -1
     cdef int _wrong_thread(self) except -1
     cdef int add_dirty(self, Stream stream) except -1
     cdef bint defer_flush(self) noexcept
@@ -197,6 +199,8 @@ cdef class Stream:
         self, const char* p, Py_ssize_t n, bint whole, bytes owner
     ) except -2
     cdef inline bint _holdable(self, Py_ssize_t n) noexcept
+    @cython.final
+    cdef Py_ssize_t _write_now(self, const char* p, Py_ssize_t n, bint whole) except -2
     cdef inline Py_ssize_t _write_plain(self, const char* p, Py_ssize_t n, bint whole) except -2
     @cython.final
     cdef Py_ssize_t _write_tls(self, const char* p, Py_ssize_t n, bint whole) except -2
@@ -211,7 +215,6 @@ cdef class Stream:
     @cython.final
     cdef int _append(self, const char* p, Py_ssize_t n) except -1
     cdef int _copy_lone(self, Py_ssize_t start) except -1
-    cdef inline int _keep(self, const char* p, Py_ssize_t n, bytes owner) except -1
     cdef inline BufferSink _sink_or_none(self)
     cdef inline BufferSink _sink(self)
     cdef BufferSink _new_sink(self)

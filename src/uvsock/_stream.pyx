@@ -138,11 +138,12 @@ cdef class LoopState:
         """Raise RuntimeError unless called in the loop's thread."""
         self.check()
 
-    def hold(self):
+    cpdef int hold(self) except -1:
         """One more thing keeps ``run`` going: a referenced listener, socket or pending connect."""
         self.held += 1
+        return 0
 
-    def release(self):
+    cpdef int release(self) except -1:
         """Undo one ``hold``."""
         self.held -= 1
         if self.held == 0:
@@ -151,6 +152,7 @@ cdef class LoopState:
             for waiter in waiters:
                 if not waiter.done():
                     waiter.set_result(None)
+        return 0
 
     def idle(self):
         """A Future that is done when nothing is held."""
@@ -816,17 +818,26 @@ cdef class Stream:
 
         ``whole`` takes them all. ``owner`` is the object that they are all of, or None.
         """
-        cdef Py_ssize_t taken
         if self.phase != ESTABLISHED or self.broken:
             return 0 if self.phase == CONNECTING and not self.broken and not whole else -1
         if n == 0:
             return 0
         if self.sending and not whole:
             return 0  # bytes in the middle of what send_all sends would tear it apart
-        if self._holdable(n):
-            self._keep(p, n, owner)
-            taken = n
-        elif self.tls is None:
+        if not self._holdable(n):
+            return self._write_now(p, n, whole)
+        if owner is not None and self.lone is None and self._sink_or_none() is None:
+            self.lone = owner
+        else:
+            memcpy(self._sink().extend(n), p, n)
+        self._accepted(n)
+        self._flush_later()
+        return n
+
+    cdef Py_ssize_t _write_now(self, const char* p, Py_ssize_t n, bint whole) except -2:
+        """Give these to the kernel, after what is held, as far as it takes them."""
+        cdef Py_ssize_t taken
+        if self.tls is None:
             taken = self._write_plain(p, n, whole)
         else:
             taken = self._write_tls(p, n, whole)
@@ -950,14 +961,6 @@ cdef class Stream:
             return 0
         self._append(p, n)
         return n
-
-    cdef inline int _keep(self, const char* p, Py_ssize_t n, bytes owner) except -1:
-        """Hold these until the turn ends, as they are if they are the first."""
-        if owner is not None and self.lone is None and self._sink_or_none() is None:
-            self.lone = owner
-        else:
-            memcpy(self._sink().extend(n), p, n)
-        return self._flush_later()
 
     cdef inline BufferSink _sink_or_none(self):
         return self.wire if self.tls is None else self.plain
