@@ -5,7 +5,7 @@ from uvsock._sink cimport BufferSink
 
 cdef class TLSLayer:
     cdef readonly object sslobj   # ssl.SSLObject, for its attributes
-    cdef object _ssl              # the compiled object inside: one interpreted call less per record
+    cdef object _ssl              # the compiled object inside it
     cdef object _incoming         # ssl.MemoryBIO: ciphertext from the peer
     cdef object _outgoing         # ssl.MemoryBIO: ciphertext for the peer
     cdef bint handshaking         # until the handshake has succeeded
