@@ -263,13 +263,13 @@ async def test_timeout_covers_the_stages_together(
     answer = patch_lookup(monkeypatch)
     async with silent_server() as port:
         info = (stdlib.AF_INET, stdlib.SOCK_STREAM, 6, "", ("127.0.0.1", port))
-        asyncio.get_running_loop().call_later(0.3, answer.set_result, [info])
+        asyncio.get_running_loop().call_later(0.9, answer.set_result, [info])
         started = time.monotonic()
         with pytest.raises(TimeoutError):
             await uvsock.connect(
-                {"data": ignore}, "slow.test", port, timeout=0.4, tls=authority.client_options
+                {"data": ignore}, "slow.test", port, timeout=1, tls=authority.client_options
             )
-        assert 0.39 < time.monotonic() - started < 0.65
+        assert 0.99 < time.monotonic() - started < 1.8
 
 
 async def test_timeout_does_not_cover_open(wire: Wire) -> None:
@@ -555,9 +555,9 @@ async def test_the_next_address_is_tried_at_once_when_one_fails(
             (stdlib.AF_INET, ("127.0.0.1", free_port())),
             (stdlib.AF_INET, ("127.0.0.1", listener.port)),
         )
-        started = time.monotonic()
-        socket = await uvsock.connect({"data": ignore}, "several.test", 80)
-        assert time.monotonic() - started < 0.2  # not a delay of 0.25 s per failure
+        socket = await soon(
+            uvsock.connect({"data": ignore}, "several.test", 80, happy_eyeballs_delay=30)
+        )
         assert socket.remote_port == listener.port
         socket.end()
         await soon(socket.wait_closed())
