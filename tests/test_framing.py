@@ -760,6 +760,21 @@ async def test_an_async_error_handler_can_still_reply(wire: Wire) -> None:
         writer.close()
 
 
+@pytest.mark.parametrize(
+    "digits", ["46116860184273879040", "93" + "0" * 17, "13835058055282163712", "9" * 40]
+)
+def test_the_length_of_a_netstring_does_not_overflow(digits: str) -> None:
+    with pytest.raises(FrameTooLargeError):
+        Netstring(max_length=2**62).find(f"{digits}:x,".encode())
+
+
+@pytest.mark.parametrize("framer", [Lines(), Delimited(b"\r\n"), FixedSize(2)], ids=repr)
+@pytest.mark.parametrize("searched", [-1, 4, 10**12, 10**30])
+def test_find_looks_at_nothing_outside_the_data(framer: Framer, searched: int) -> None:
+    with pytest.raises(ValueError, match="^searched: must be"):
+        framer.find(b"abc", searched)
+
+
 async def test_a_framer_that_raises(wire: Wire) -> None:
     class Broken(Framer):
         def find(self, data: memoryview, searched: int = 0) -> Any:
@@ -886,6 +901,43 @@ async def test_a_handler_that_raises_between_frames(wire: Wire) -> None:
     received = await frames_with(wire, data, error=lambda socket, error: errors.append(error))
     assert received == ALL
     assert [type(error) for error in errors] == [ZeroDivisionError]
+
+
+@pytest.mark.parametrize("binary_type", BINARY_TYPES)
+@pytest.mark.parametrize(
+    ("framer", "sent"),
+    [
+        (Lines(max_length=40), b"a\n" + b"x" * 100),
+        (Delimited(b"\r\n", max_length=40), b"a\r\n" + b"x" * 100),
+        (LengthPrefixed(1, max_length=40), b"\1a\x60"),
+        (LengthPrefixed("varint"), b"\1a" + b"\xff" * 11),
+        (Netstring(), b"1:a,9x"),
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+async def test_a_bad_frame_behind_one_whose_handler_raises(
+    wire: Wire, framer: Framer, sent: bytes, binary_type: Any
+) -> None:
+    """Each error is told once, and the connection is closed."""
+    errors: list[Exception] = []
+    closed = asyncio.get_running_loop().create_future()
+
+    def data(socket: uvsock.Socket[Any], frame: Any) -> None:
+        raise ZeroDivisionError
+
+    def error(socket: uvsock.Socket[Any], error: Exception) -> None:
+        errors.append(error)
+        assert len(errors) < 10
+
+    table = {"data": data, "error": error, "close": lambda *_: closed.set_result(None)}
+    async with await wire.listen(table, framing=framer, binary_type=binary_type) as server:
+        socket = await wire.connect(server, {"data": lambda s, d: None})
+        socket.write(sent)
+        await soon(closed)
+        await soon(socket.wait_closed())
+    assert len(errors) == 2
+    assert isinstance(errors[0], ZeroDivisionError)
+    assert isinstance(errors[1], FrameError)
 
 
 async def test_framing_taken_away_between_frames(wire: Wire) -> None:

@@ -1063,6 +1063,127 @@ async def test_wrong_tls_timeouts(tls_net: Net, name: str) -> None:
         await tls_net.connect(Recorder, **plain, **{name: 1})
 
 
+async def test_a_protocol_without_data_received(net: Net, loop_errors: list[Any]) -> None:
+    class Deaf(asyncio.BaseProtocol):
+        def __init__(self) -> None:
+            self.lost = net.loop.create_future()
+
+        def connection_made(self, transport: Any) -> None:
+            self.transport = transport
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.lost.set_result(exc)
+
+    client, server = await net.pair(Recorder, Deaf)
+    client.transport.write(b"x")
+    assert isinstance(await soon(server.lost), AttributeError)
+    await soon(client.lost)
+    assert [error["message"] for error in loop_errors] == [
+        "Fatal error: protocol.data_received() call failed."
+    ]
+
+
+async def test_data_received_may_be_replaced(net: Net) -> None:
+    client, server = await net.pair()
+    client.transport.write(b"one")
+    await until(lambda: server.received == b"one")
+    later: list[bytes] = []
+    server.data_received = later.append
+    client.transport.write(b"two")
+    await until(lambda: later == [b"two"])
+
+
+async def test_write_eof_after_the_peers(plain_net: Net) -> None:
+    """The peer has half-closed first; then this side ends without closing."""
+    client, server = await plain_net.pair(
+        lambda: Recorder(eof=lambda protocol: True), lambda: Recorder(eof=lambda protocol: True)
+    )
+    client.transport.write_eof()
+    await until(lambda: "eof" in server.events)
+    server.transport.write(b"reply")
+    server.transport.write_eof()
+    await until(lambda: "eof" in client.events)
+    assert client.received == b"reply"
+    assert not server.lost.done()
+
+
+async def test_is_closing_is_a_bool(net: Net) -> None:
+    client, _ = await net.pair()
+    assert client.transport.is_closing() is False
+    client.transport.close()
+    assert client.transport.is_closing() is True
+
+
+@uvsock_only
+async def test_other_threads_are_told_and_harm_nobody(net: Net) -> None:
+    net.loop.set_debug(True)
+    client, _ = await net.pair(Recorder, echo)
+    transport = client.transport
+    for call in (
+        lambda: transport.write(b"x"),
+        lambda: transport.writelines([b"x"]),
+        transport.write_eof,
+        transport.close,
+        transport.abort,
+        transport.pause_reading,
+        transport.resume_reading,
+        lambda: transport.set_protocol(client),
+        transport.set_write_buffer_limits,
+    ):
+        with pytest.raises(RuntimeError, match="call_soon_threadsafe"):
+            await asyncio.to_thread(call)
+    assert await asyncio.to_thread(transport.is_closing) is False
+    transport.write(b"after")
+    await until(lambda: client.received == b"after")
+
+
+async def test_a_server_closed_while_it_accepts(plain_net: Net) -> None:
+    server = await plain_net.serve(Recorder)
+    sock = plain_net.dial()
+    await asyncio.sleep(0)
+    server.close()
+    await asyncio.sleep(0.05)
+    sock.close()
+
+
+@uvsock_only
+@pytest.mark.parametrize("end", ["abort", "close"])
+async def test_sendfile_ends_with_the_transport(plain_net: Net, tmp_path: Path, end: str) -> None:
+    path = tmp_path / "file"
+    size = 50_000_000
+    with path.open("wb") as file:
+        file.truncate(size)
+    client, server = await plain_net.pair(Recorder)
+    client.transport.pause_reading()
+    with path.open("rb") as file:
+        task = asyncio.create_task(plain_net.loop.sendfile(server.transport, file))
+        await asyncio.sleep(0.05)
+        getattr(server.transport, end)()
+        with pytest.raises(ConnectionError):
+            await soon(task)
+    await soon(server.lost)
+    client.transport.resume_reading()
+    await soon(client.lost)
+    assert len(client.received) < size
+
+
+@uvsock_only
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"high": 1.5}, (0, 1)),
+        ({"high": 2**70}, (sys.maxsize, sys.maxsize)),
+        ({"low": 2**62}, (2**62, sys.maxsize)),
+    ],
+)
+async def test_odd_write_buffer_limits(
+    tcp_net: Net, limits: dict[str, Any], expected: tuple[int, int]
+) -> None:
+    client, _ = await tcp_net.pair()
+    client.transport.set_write_buffer_limits(**limits)
+    assert client.transport.get_write_buffer_limits() == expected
+
+
 async def test_start_tls(plain_net: Net) -> None:
     loop = plain_net.loop
     done: asyncio.Future[Any] = loop.create_future()
@@ -1124,6 +1245,18 @@ async def test_start_tls_that_is_cancelled(plain_net: Net) -> None:
         await asyncio.wait_for(
             plain_net.loop.start_tls(client.transport, client, context, server_hostname="x"), 0.05
         )
+    await soon(server.lost)
+
+
+@uvsock_only
+async def test_a_cancelled_start_tls_is_not_blamed_on_the_peer(plain_net: Net) -> None:
+    client, server = await plain_net.pair()
+    context = plain_net.authority.client_context()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(
+            plain_net.loop.start_tls(client.transport, client, context, server_hostname="x"), 0.05
+        )
+    assert await soon(client.lost) is None
     await soon(server.lost)
 
 

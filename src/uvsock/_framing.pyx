@@ -90,15 +90,16 @@ cdef class Framer:
         Raises:
             FrameError: no frame can begin like this. Whatever is raised goes to ``error``, and the
                 socket is closed.
+            ValueError: ``searched`` is more than there is, or negative.
         """
         cdef Py_buffer view
         cdef Cut cut
         cdef int found
         memset(&cut, 0, sizeof(cut))
-        cut.searched = searched
         cut.owner = <PyObject*>data
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
+            cut.searched = check_int("searched", searched, 0, view.len)
             found = self.cut(<const char*>view.buf, view.len, &cut)
         finally:
             PyBuffer_Release(&view)
@@ -191,6 +192,9 @@ cdef class Framer:
 @cython.final
 cdef class Lines(Framer):
     """Lines that end with a line feed; a carriage return before it belongs to the end.
+
+    ``write_frame`` ends a line with a line feed. Give it a line that ends with a carriage return
+    where the peer wants both.
 
     Args:
         keep_end: deliver lines with their ends, as they came.
@@ -421,6 +425,8 @@ cdef class Netstring(Framer):
         while i < n and c"0" <= p[i] <= c"9":
             if i and length == 0:
                 raise _malformed("the length of a netstring begins with a zero")
+            if length > self.max_length // 10:  # before it overflows
+                raise _too_large(self)
             length = length * 10 + (p[i] - c"0")
             if length > self.max_length:
                 raise _too_large(self)

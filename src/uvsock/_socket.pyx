@@ -150,7 +150,8 @@ cdef class AsyncHandler:
 cdef class Socket(Stream):
     """A connection over TCP, a Unix socket or TLS. Made by ``listen`` and ``connect`` only.
 
-    Every method must be called in the loop's thread, else it raises ``RuntimeError``.
+    Its methods must be called in the loop's thread: elsewhere those that change anything raise
+    ``RuntimeError``. What only looks, such as ``fileno`` and ``get_extra_info``, does not.
     """
 
     def __init__(self):

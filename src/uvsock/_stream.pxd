@@ -247,6 +247,7 @@ cdef class Stream:
     ) except -1
     cdef int _send_fin(self) except -1
     cdef int shut_down(self) except -1
+    cdef void half_close(self) noexcept
     cdef int _finish(self) except -1
     cdef int drop_transport(self) except -1
     cdef int _leave(self) except -1
@@ -268,5 +269,6 @@ cdef class Stream:
 
 
 cdef double now() noexcept
+cdef void shut_both(int fd) noexcept
 cdef bint set_keep_alive(int fd, bint enable, double delay) noexcept
 cdef bint set_no_delay(int fd, bint enable) noexcept

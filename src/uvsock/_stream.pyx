@@ -41,7 +41,7 @@ cdef extern from "sys/socket.h":
     struct linger_option "linger":
         int l_onoff
         int l_linger
-    int SOL_SOCKET, SO_ERROR, SO_LINGER, SO_KEEPALIVE, SHUT_WR
+    int SOL_SOCKET, SO_ERROR, SO_LINGER, SO_KEEPALIVE, SHUT_WR, SHUT_RDWR
     Py_ssize_t send(int fd, const void* data, size_t size, int flags) noexcept
     Py_ssize_t sendmsg(int fd, const msghdr* message, int flags) noexcept
     int shutdown(int fd, int how) noexcept
@@ -92,6 +92,11 @@ cdef double now() noexcept:
     cdef timespec t
     clock_gettime(CLOCK_MONOTONIC, &t)
     return t.tv_sec + t.tv_nsec * 1e-9
+
+
+cdef void shut_both(int fd) noexcept:
+    """End both directions of a connection, whatever other descriptors it has."""
+    shutdown(fd, SHUT_RDWR)
 
 
 cdef class ReadBuffer:
@@ -164,11 +169,11 @@ cdef class LoopState:
         return waiter
 
     cdef int add_dirty(self, Stream stream) except -1:
+        if not self._flush_scheduled:
+            self.loop.call_soon(self._flush_callback)  # raises on a closed loop
+            self._flush_scheduled = True
         stream.dirty = True
         self._dirty.append(stream)
-        if not self._flush_scheduled:
-            self._flush_scheduled = True
-            self.loop.call_soon(self._flush_callback)
         return 0
 
     cdef bint defer_flush(self) noexcept:
@@ -648,6 +653,7 @@ cdef class Stream:
                 self.on_data_raised(error)
                 if borrow:
                     self.release_borrowed(frame)
+                frame = None  # what is raised next is the framer's again
         if self.phase > ENDING or self.read_off:
             frames.drop()
         frames.leave()
@@ -1330,9 +1336,12 @@ cdef class Stream:
     cdef int shut_down(self) except -1:
         """Send the FIN."""
         if not (self.peer_ended and self.tcp_eof):  # else the descriptor's close follows at once
-            # Fails only on a connection that is gone, which reading reports.
-            shutdown(self.fd, SHUT_WR)
+            self.half_close()
         return 0
+
+    cdef void half_close(self) noexcept:
+        # Fails only on a connection that is gone, which reading reports.
+        shutdown(self.fd, SHUT_WR)
 
     cdef int _finish(self) except -1:
         """Close the transport once both sides have ended."""

@@ -867,7 +867,6 @@ cdef class StreamProtocol(CompiledProtocol):
     cdef readonly object _transport
     cdef readonly object _client_connected_cb
     cdef readonly object _task
-    cdef readonly bint _over_ssl
     cdef readonly bint _paused
     cdef readonly bint _connection_lost
     cdef object _error
@@ -891,7 +890,6 @@ cdef class StreamProtocol(CompiledProtocol):
 
     def _replace_transport(self, transport):
         self._transport = transport
-        self._over_ssl = transport.get_extra_info("sslcontext") is not None
         reader = self.reader()
         if isinstance(reader, ReaderCore):
             (<ReaderCore>reader)._transport = transport
@@ -905,7 +903,6 @@ cdef class StreamProtocol(CompiledProtocol):
         self._transport = transport
         if reader is not None:
             reader.set_transport(transport)
-        self._over_ssl = transport.get_extra_info("sslcontext") is not None
         if self._client_connected_cb is None:
             return
         writer = StreamWriter(transport, self, reader, self._loop)
@@ -952,8 +949,8 @@ cdef class StreamProtocol(CompiledProtocol):
         reader = self.reader()
         if reader is not None:
             reader.feed_eof()
-        # A TLS transport cannot stay open in one direction, and warns.
-        return not self._over_ssl
+        # asyncio's TLS transports cannot stay open in one direction, and warn; uvsock's can.
+        return self._transport is None or self._transport.can_write_eof()
 
     def connection_lost(self, exc):
         reader = self.reader()

@@ -20,7 +20,6 @@ cdef class Transport(Stream):
     cdef object __weakref__
     cdef dict __dict__                  # methods can be replaced, as programs and tests do
     cdef object protocol
-    cdef object received                # its `data_received`, or None
     cdef object get_buffer              # of a BufferedProtocol, else None
     cdef object buffer_updated
     cdef bytes rest                     # received, and not taken by a BufferedProtocol that paused

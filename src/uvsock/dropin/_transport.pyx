@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import inspect
 import ssl
+import sys
 
 cimport cython
 from cpython.buffer cimport (
@@ -15,7 +16,7 @@ from libc.string cimport memcpy
 
 from uvsock._framing cimport AS_BYTES
 from uvsock._stream cimport (
-    CLOSING, ENDING, ESTABLISHED, LEAVING, ReadBuffer, Stream, StreamGroup,
+    CLOSING, ENDING, ESTABLISHED, LEAVING, ReadBuffer, Stream, StreamGroup, shut_both,
 )
 
 cdef enum:
@@ -180,6 +181,7 @@ cdef class Transport(Stream):
     def _drop(self, error=None):
         """The attempt that this was made for has failed or was cancelled."""
         self.opening = None
+        self.handshake_told = True  # that it is over is not the peer's doing
         if self.transport is None:
             self._enter(LEAVING)
         else:
@@ -189,6 +191,8 @@ cdef class Transport(Stream):
         cdef TransportGroup group = <TransportGroup>self.group
         if group.server is None:
             return 0
+        if group.server._sockets is None:
+            return self._enter(LEAVING)  # closed while the connection was being accepted
         try:
             self._use(group.protocol_factory())
         except BaseException as error:
@@ -262,10 +266,8 @@ cdef class Transport(Stream):
         if hasattr(protocol, "get_buffer") and not isinstance(protocol, asyncio.Protocol):
             self.get_buffer = protocol.get_buffer
             self.buffer_updated = protocol.buffer_updated
-            self.received = None
         else:
             self.get_buffer = self.buffer_updated = None
-            self.received = getattr(protocol, "data_received", None)
         return 0
 
     cdef int _face(self) except -1:
@@ -284,6 +286,7 @@ cdef class Transport(Stream):
 
     def set_protocol(self, protocol):
         """Have another protocol get the events from here on."""
+        self.state.check()
         self._use(protocol)
         if self.transport is not None and self.phase < LEAVING:
             self._face()
@@ -363,9 +366,6 @@ cdef class Transport(Stream):
         return Stream._deliver_memory(self, buffer, n, own_exports)
 
     cdef int on_data(self, object data) except -1:
-        if self.received is not None and self.compiled is None:
-            self.received(data)
-            return 0
         if self.compiled is not None:
             self.compiled.bytes_received(
                 PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), <bytes>data
@@ -373,6 +373,9 @@ cdef class Transport(Stream):
             if PyBytes_GET_SIZE(data) >= UVS_MUCH and not self.much and self.phase < LEAVING:
                 self.much = True
                 self._face()
+            return 0
+        if self.get_buffer is None:
+            self.protocol.data_received(data)
             return 0
         return self._fill(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
 
@@ -432,12 +435,14 @@ cdef class Transport(Stream):
 
     def pause_reading(self):
         """Stop reading: no more data and no end until ``resume_reading``."""
+        self.state.check()
         if not self.paused and self.phase < CLOSING:
             self.paused = True
             self.update_reading()
 
     def resume_reading(self):
         """Undo ``pause_reading``; what has arrived meanwhile comes in the next iteration."""
+        self.state.check()
         if self.paused and self.phase < CLOSING:
             self.paused = False
             if self.transport is not None:
@@ -485,6 +490,7 @@ cdef class Transport(Stream):
 
     cdef int write_from(self, const char* data, Py_ssize_t size, bytes owner) except -1:
         """Take these bytes; ``owner`` is the object that they are all of, or None."""
+        self.state.check()
         if self.phase == ENDING:
             raise RuntimeError("Cannot call write() after write_eof()")
         if self.sending:
@@ -504,6 +510,7 @@ cdef class Transport(Stream):
         Raises:
             RuntimeError: while a file is sent.
         """
+        self.state.check()
         if self.sending:
             raise RuntimeError("unable to write; sendfile is in progress")
         if self.phase == ESTABLISHED:
@@ -531,14 +538,15 @@ cdef class Transport(Stream):
         Raises:
             ValueError: negative, or ``low`` above ``high``.
         """
+        self.state.check()
         if high is None:
             high = UVS_HIGH_WATER if low is None else 4 * low
         if low is None:
             low = high // 4
         if not high >= low >= 0:
             raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
-        self.high = high
-        self.low = low
+        self.high = min(int(high), sys.maxsize)
+        self.low = min(int(low), sys.maxsize)
         if not self.writing_paused and self.pending() > self.high:
             self._pause_writing()
 
@@ -605,19 +613,27 @@ cdef class Transport(Stream):
 
     # ── Ending ─────────────────────────────────────────────────────────────────────────────────
 
+    cdef int _leave(self) except -1:
+        if self.sending and self.fd >= 0:
+            # sendfile() has a duplicate of the descriptor, which would go on sending.
+            shut_both(self.fd)
+        return Stream._leave(self)
+
     def close(self):
         """Send what was written, then close; ``connection_lost`` follows."""
+        self.state.check()
         self._close()
 
     def abort(self):
         """Close at once; what the kernel has no room for is lost."""
+        self.state.check()
         if not self.blocked:
             self.flush_now()  # with asyncio's own transports it would have left already
         self.begin_abort(None, False)
 
     def is_closing(self):
         """Whether the connection is closing or closed."""
-        return self.phase >= CLOSING or self.broken
+        return bool(self.phase >= CLOSING or self.broken)
 
     def _force_close(self, exc):
         """Close at once, for this reason: asyncio's own TLS, used on a transport, calls it."""
@@ -641,7 +657,8 @@ cdef class Transport(Stream):
 
     cdef int shut_down(self) except -1:
         if self.phase < CLOSING:
-            return Stream.shut_down(self)
+            self.half_close()  # also where the peer has ended: the program closes when it likes
+            return 0
         # asyncio's close() does not wait for the peer, other than for its close_notify, so the
         # descriptor's close says it all.
         if self.tls is None:
@@ -698,7 +715,7 @@ cdef class Transport(Stream):
             else:
                 server._detach()
         # Nothing of the program's is kept alive by a transport that somebody forgot to drop.
-        self.protocol = self.received = self.get_buffer = self.buffer_updated = None
+        self.protocol = self.get_buffer = self.buffer_updated = None
         self.compiled = self.lender = None
         return 0
 

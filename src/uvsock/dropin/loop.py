@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import asyncio.unix_events
 import contextlib
+import io
 import os
 import socket
 import ssl as ssl_module
@@ -226,6 +227,10 @@ class Loop(uvloop.Loop):
     async def _sendfile_fallback(
         self, transport: Transport, file: Any, offset: int, count: int | None
     ) -> int:
+        if count is not None and count < 0:
+            raise ValueError(f"count must be 0 or more, not {count}")
+        if isinstance(file, io.TextIOBase):
+            raise ValueError("file should be opened in binary mode")
         if offset:
             file.seek(offset)
         sent = 0

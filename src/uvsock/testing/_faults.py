@@ -90,7 +90,11 @@ class FaultProxy:
     ) -> None:
         if isinstance(target, Listener):
             target = target.unix or (target.hostname or "", target.port or 0)
-        elif not isinstance(target, (tuple, str)):
+        elif isinstance(target, tuple):
+            hostname, port = target if len(target) == 2 else (None, None)
+            if not isinstance(hostname, str) or not isinstance(port, int):
+                raise TypeError(f"target: must be (hostname, port), not {target!r}")
+        elif not isinstance(target, str):
             raise wrong_type("target", "a Listener, (hostname, port) or a path", target)
         self._target = target
         self._changed = asyncio.Event()
