@@ -1065,3 +1065,27 @@ async def test_the_context_of_listen_is_an_async_handlers_too(wire: Wire) -> Non
     await until(lambda: len(seen) == 8)
     assert set(seen) == {"at listen"}
     await stopped(listener)
+
+
+@pytest.mark.parametrize("how", ["terminate", "close", "raise"])
+async def test_no_open_after_an_async_handshake_that_ends_it(tls_wire: Wire, how: str) -> None:
+    events: list[str] = []
+
+    async def handshake(socket: uvsock.Socket[Any], success: bool, error: Any) -> None:
+        events.append("handshake")
+        await asyncio.sleep(0)
+        if how == "raise":
+            raise ZeroDivisionError
+        getattr(socket, how)()
+
+    table = {
+        "handshake": handshake,
+        "open": lambda socket: events.append("open"),
+        "data": lambda socket, data: None,
+        "error": lambda socket, error: (events.append("error"), socket.close()),
+    }
+    async with await tls_wire.listen({"data": lambda *_: None}) as listener:
+        with pytest.raises(uvsock.SocketClosedError):
+            await soon(tls_wire.connect(listener, table))
+        await asyncio.sleep(0.05)
+    assert events == (["handshake", "error"] if how == "raise" else ["handshake"])

@@ -1006,3 +1006,16 @@ async def test_an_address_is_dialled_without_a_thread() -> None:
         assert not resolved
         socket.end()
         await soon(socket.wait_closed())
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 5])
+async def test_a_connect_cancelled_twice(steps: int) -> None:
+    async with await uvsock.listen({"data": ignore}, "127.0.0.1", 0) as listener:
+        task = asyncio.ensure_future(uvsock.connect({"data": ignore}, "127.0.0.1", listener.port))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.sleep(0)
+        await cancelled(task)
+        await asyncio.sleep(0.02)
+        await until(lambda: not listener.connections)

@@ -1018,3 +1018,25 @@ async def test_any_other_binary_type_is_refused_by_name(tcp_wire: Wire, refused:
         await tcp_wire.listen({"data": ignore}, binary_type=refused.value)
     with pytest.raises(refused.error, match="^binary_type: "):
         await uvsock.connect({"data": ignore}, "127.0.0.1", 1, binary_type=refused.value)
+
+
+async def test_methods_of_a_subclass_are_handlers(wire: Wire) -> None:
+    class Echo(Handlers):
+        def data(self, socket: uvsock.Socket[Any], data: bytes) -> None:  # type: ignore[override]
+            socket.write(data)
+
+    listener = await wire.listen(Echo())
+    assert await round_trip(wire, listener) == b"ping"
+    await stopped(listener)
+
+
+async def test_a_bare_mock_is_a_handler(wire: Wire) -> None:
+    data = Mock()
+    errors: list[Exception] = []
+    listener = await wire.listen({"data": data, "error": lambda _, error: errors.append(error)})
+    client = await wire.connect(listener, {"data": ignore})
+    client.write(b"x")
+    await until(lambda: data.called)
+    client.close()
+    await stopped(listener)
+    assert not errors

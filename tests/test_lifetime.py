@@ -6,6 +6,8 @@ import asyncio
 import errno
 import gc
 import socket as stdlib
+import threading
+import time
 import weakref
 from typing import Any
 
@@ -738,3 +740,93 @@ async def test_cancelling_listen_leaves_nothing() -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+
+
+async def test_a_timeout_of_a_closing_socket_does_not_spin(plain_wire: Wire) -> None:
+    """It is never told of after close(), so it must not be armed again either."""
+
+    def data(socket: uvsock.Socket[Any], data: bytes) -> None:
+        socket.timeout(0.05)
+        socket.close()
+
+    listener = await plain_wire.listen({"data": data})
+    reader, writer = await plain_wire.streams(listener)
+    writer.write(b"x")
+    assert await soon(reader.read()) == b""  # and this side stays open
+    await asyncio.sleep(0.1)
+    used = time.process_time()
+    await asyncio.sleep(0.5)
+    assert time.process_time() - used < 0.3
+    writer.close()
+    await stopped(listener)
+
+
+async def test_a_timeout_set_in_the_handshake_is_told_after_it(tls_wire: Wire) -> None:
+    server = Recorder()
+    listener = await tls_wire.listen(server.table())
+    silent = stdlib.create_connection((listener.hostname, listener.port))
+    await until(lambda: listener.sockets)
+    for socket in listener.sockets:
+        socket.timeout(0.05)
+    await asyncio.sleep(0.1)
+    used = time.process_time()
+    await asyncio.sleep(0.3)
+    assert time.process_time() - used < 0.2
+    assert not server.events
+    silent.close()
+    client = await tls_wire.connect(listener, {"data": lambda *_: None})
+    await until(lambda: "open" in server.events)
+    client.close()
+    await stopped(listener)
+
+
+def test_a_loop_may_be_set_up_in_one_thread_and_run_in_another() -> None:
+    loop = uvloop.new_event_loop()
+    listening = uvsock.listen({"data": lambda socket, data: socket.write(data)}, "127.0.0.1", 0)
+
+    async def wait() -> uvsock.Listener:
+        return await listening
+
+    listener = loop.run_until_complete(wait())
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        with stdlib.create_connection((listener.hostname, listener.port), 5) as sock:
+            sock.sendall(b"ping")
+            assert sock.recv(4) == b"ping"
+        with pytest.raises(RuntimeError, match="call_soon_threadsafe"):
+            listener.stop(True)  # now this is the wrong thread
+        asyncio.run_coroutine_threadsafe(listener.shutdown(0), loop).result(5)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(5)
+        loop.close()
+
+
+async def test_close_with_a_full_kernel_and_nothing_held(plain_wire: Wire) -> None:
+    """The FIN follows what the kernel has; nothing is thrown away when the linger is over."""
+    accepted = 0
+
+    def opened(socket: uvsock.Socket[Any]) -> None:
+        nonlocal accepted
+        while (taken := socket.write(bytes(100_000))) == 100_000:
+            accepted += taken
+        accepted += taken
+        assert socket.writable_length == 0
+        socket.close()
+
+    listener = await plain_wire.listen(
+        {"open": opened, "data": lambda *_: None}, cork=False, linger_timeout=0.1
+    )
+    sock = plain_wire.dial(listener)
+    await asyncio.sleep(0.3)
+
+    def receive() -> int:
+        received = 0
+        while chunk := sock.recv(1 << 16):
+            received += len(chunk)
+        return received
+
+    assert await soon(asyncio.to_thread(receive)) == accepted
+    sock.close()
+    await stopped(listener)

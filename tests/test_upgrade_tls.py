@@ -425,3 +425,29 @@ async def test_the_standard_librarys_smtp_client(tcp_wire: Wire, authority: Auth
     assert mails == [b"Subject: hi\n\nsecret text"]
     await until(lambda: not listener.connections)
     await stopped(listener)
+
+
+@pytest.mark.parametrize("writes", [1, 2])
+@pytest.mark.parametrize("ending", ["close", "end"])
+@pytest.mark.parametrize("leftover", [False, True])
+async def test_what_is_written_before_the_handshake_arrives(
+    tcp_wire: Wire, authority: Authority, writes: int, ending: str, leftover: bool
+) -> None:
+    def data(socket: uvsock.Socket[Any], data: bytes) -> None:
+        if not leftover:
+            socket.write(b"go")
+        socket.upgrade_tls(authority.server_options, leftover=data if leftover else b"")
+        for _ in range(writes):
+            socket.write(b"x")
+        getattr(socket, ending)()
+
+    listener = await tcp_wire.listen({"data": data})
+    reader, writer = await raw(listener)
+    peer = ByHand(reader, writer, authority.client_context())
+    if not leftover:
+        writer.write(b"starttls")
+        assert await soon(reader.readexactly(2)) == b"go"
+    await peer.handshake()
+    assert await soon(peer.receive(writes)) == b"x" * writes
+    await peer.close()
+    await stopped(listener)

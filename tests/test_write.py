@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import gc
 import io
 import random
 import socket as stdlib
@@ -509,4 +510,80 @@ async def test_calls_from_another_thread_are_refused(tcp_wire: Wire) -> None:
         with pytest.raises(RuntimeError, match="thread"):
             await asyncio.to_thread(call)
     assert socket.ready_state is uvsock.ReadyState.ESTABLISHED
+    await finish(listener, writer)
+
+
+@pytest.mark.parametrize("ending", ["close", "end"])
+async def test_a_waiting_send_all_hears_of_the_end(wire: Wire, ending: str) -> None:
+    listener, _, writer, socket = await accepted(wire, linger_timeout=0.1)
+    task = asyncio.create_task(socket.send_all(bytes(32 * MIB)))
+    await asyncio.sleep(0.05)
+    getattr(socket, ending)()
+    with pytest.raises(uvsock.SocketClosedError):
+        await soon(task)
+    writer.transport.abort()
+    await finish(listener, writer)
+
+
+async def test_drained_tells_of_bytes_that_were_dropped(wire: Wire) -> None:
+    listener, _, writer, socket = await accepted(wire, high_water_mark=64 * MIB)
+    assert socket.write(bytes(48 * MIB)) == 48 * MIB
+    task = asyncio.create_task(socket.drained())
+    await asyncio.sleep(0.01)
+    socket.terminate()
+    with pytest.raises(uvsock.SocketClosedError):
+        await soon(task)
+    await finish(listener, writer)
+
+
+async def test_bytes_that_leave_are_traffic(plain_wire: Wire) -> None:
+    """A peer that reads slowly is not idle, although nothing new is written."""
+    timeouts: list[object] = []
+    listener, _, writer, socket = await accepted(
+        plain_wire,
+        high_water_mark=256 * MIB,
+        idle_timeout=1,
+        handlers={"timeout": timeouts.append},
+    )
+    writer.transport.abort()
+    await until(lambda: not listener.connections)
+    opened = listener.connections
+    sock = plain_wire.dial(listener)
+    await until(lambda: listener.connections > opened)
+    (socket,) = listener.sockets
+    socket.write(bytes(200 * MIB))
+    for _ in range(40):
+        await asyncio.to_thread(sock.recv, MIB)
+        await asyncio.sleep(0.05)
+    assert socket.writable_length
+    assert not timeouts
+    socket.terminate()
+    sock.close()
+    await finish(listener, writer)
+
+
+@pytest.mark.parametrize("arguments", [(2**70,), (0, 2**70), (-(2**70),)])
+async def test_numbers_of_any_size_are_out_of_range(
+    tcp_wire: Wire, arguments: tuple[int, ...]
+) -> None:
+    listener, _, writer, socket = await accepted(tcp_wire)
+    with pytest.raises(ValueError, match=f"^{('offset', 'length')[len(arguments) - 1]}: must be"):
+        socket.write(b"abc", *arguments)
+    with pytest.raises(ValueError, match="^offset: must be"):
+        await socket.sendfile(io.BytesIO(b""), 2**70)
+    await finish(listener, writer)
+
+
+async def test_cancelled_waits_leave_nothing(tcp_wire: Wire) -> None:
+    listener, _, writer, socket = await accepted(tcp_wire)
+
+    async def wait_in_vain(times: int) -> int:
+        for _ in range(times):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(socket.wait_closed(), 0)
+        gc.collect()
+        return len(gc.get_objects())
+
+    before = await wait_in_vain(10)
+    assert await wait_in_vain(1000) - before < 100
     await finish(listener, writer)

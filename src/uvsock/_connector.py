@@ -260,16 +260,20 @@ async def _dial_tcp(
                     continue  # a second one was made in the same iteration: closed below
                 del attempts[attempt]
     finally:
+        # Not awaited: a second cancellation here would lose the connections that were made.
         for attempt in attempts:
             attempt.cancel()
-        for result in await asyncio.gather(*attempts, return_exceptions=True):
-            if isinstance(result, stdlib.socket):
-                result.close()
+            attempt.add_done_callback(_close_late)
     if winner is None:
         telling = [error for error in failures if error.errno not in _UNREACHABLE] or failures
         texts = dict.fromkeys(str(error.strerror) for error in failures)
         raise OSError(telling[0].errno, "; ".join(texts))
     return winner
+
+
+def _close_late(attempt: asyncio.Task[stdlib.socket]) -> None:
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result().close()
 
 
 def _interleave(

@@ -1,5 +1,6 @@
 """The table of handlers that a listener's sockets, or a connection, share."""
 
+import asyncio.coroutines
 import inspect
 from collections.abc import Mapping
 
@@ -7,6 +8,8 @@ cdef tuple NAMES = (
     "open", "data", "drain", "end", "timeout", "handshake", "error", "close", "connect_error",
 )
 cdef frozenset KNOWN = frozenset(NAMES)
+# Cython's functions have True where asyncio has no mark.
+cdef object MARK = getattr(asyncio.coroutines, "_is_coroutine", True)
 
 
 cdef str event_name(int event):
@@ -19,7 +22,7 @@ cdef bint _is_async(object handler):
         inspect.iscoroutinefunction(handler)
         or inspect.iscoroutinefunction(getattr(type(handler), "__call__", None))
         # Functions compiled by Cython carry this mark instead of a code flag.
-        or getattr(handler, "_is_coroutine", None) is not None
+        or getattr(handler, "_is_coroutine", None) is MARK
     )
 
 
@@ -44,6 +47,8 @@ cdef class Handlers:
         self.error = error
         self.close = close
         self.connect_error = connect_error
+        if type(self) is not Handlers:
+            self._use_methods()
         self._awaitable = 0
         for event, name in enumerate(NAMES):
             handler = getattr(self, name)
@@ -58,6 +63,32 @@ cdef class Handlers:
         # A compiled subclass handles its events by overriding the on_ methods instead.
         if type(self) is Handlers and data is None and drain is None:
             raise TypeError("handlers: at least 'data' or 'drain' must be given")
+
+    cdef int _use_methods(self) except -1:
+        """Have the methods of a Python subclass called that have the names of events."""
+        if self.open is None:
+            self.open = self._method("open")
+        if self.data is None:
+            self.data = self._method("data")
+        if self.drain is None:
+            self.drain = self._method("drain")
+        if self.end is None:
+            self.end = self._method("end")
+        if self.timeout is None:
+            self.timeout = self._method("timeout")
+        if self.handshake is None:
+            self.handshake = self._method("handshake")
+        if self.error is None:
+            self.error = self._method("error")
+        if self.close is None:
+            self.close = self._method("close")
+        if self.connect_error is None:
+            self.connect_error = self._method("connect_error")
+        return 0
+
+    cdef object _method(self, str name):
+        own = getattr(type(self), name) is not getattr(Handlers, name)
+        return getattr(self, name) if own else None
 
     def __repr__(self):
         names = [name for name in NAMES if getattr(self, name) is not None]

@@ -14,6 +14,7 @@ cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_Check
+from libc.limits cimport LLONG_MAX
 from libc.math cimport INFINITY
 
 from uvsock._framing cimport AS_BYTEARRAY, AS_BYTES, AS_MEMORYVIEW, Framer, FrameReader
@@ -218,8 +219,6 @@ cdef class Socket(Stream):
         return self._raised(DATA, error)
 
     cdef int on_open(self) except -1:
-        self.opened = True
-        self._tell("connected", None)
         return self._emit(OPEN, None)
 
     cdef int on_drain(self) except -1:
@@ -271,7 +270,10 @@ cdef class Socket(Stream):
         waiter = self.state.loop.create_future()
         if self._waiters is None:
             self._waiters = {}
-        self._waiters.setdefault(what, []).append(waiter)
+        waiters = self._waiters.setdefault(what, [])
+        while waiters and waiters[len(waiters) - 1].done():
+            waiters.pop()  # cancelled, as by wait_for() in a loop
+        waiters.append(waiter)
         return waiter
 
     cdef int _tell(self, str what, object error) except -1:
@@ -304,7 +306,11 @@ cdef class Socket(Stream):
         cdef Handlers table = self.table()
         cdef bint unanswered = self.short_unanswered
         result = failure = None
-        if event == CLOSE:
+        if event == OPEN:
+            self.opened = True
+            self._tell("connected", None)
+            self.arm_timer()
+        elif event == CLOSE:
             if self.short_unanswered and self.error is None and self.state.loop.get_debug():
                 self._warn_of_short_write()
             self.begin_closed()
@@ -398,7 +404,9 @@ cdef class Socket(Stream):
         cdef int event
         while not self.busy and self._running.queue:
             event, argument = self._running.queue.pop(0)
-            if self.phase > ENDING and event in (DRAIN, END, TIMEOUT):
+            if self.phase > ENDING and (
+                event in (OPEN, DRAIN, END, TIMEOUT) or (event == HANDSHAKE and argument[0])
+            ):
                 continue  # after close() and terminate() only `close` follows
             self._call(event, argument)
         if not self.busy:
@@ -506,10 +514,8 @@ cdef class Socket(Stream):
         elif PyObject_CheckBuffer(data):
             try:
                 PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-            except BufferError:
-                if isinstance(data, memoryview) and not data.c_contiguous:
-                    raise TypeError("data: must be a C-contiguous buffer") from None
-                raise
+            except (BufferError, ValueError) as error:  # ValueError: NumPy's
+                raise TypeError("data: must be a C-contiguous buffer") from error
             exported = True
             p = <const char*>view.buf
             n = view.len
@@ -517,12 +523,8 @@ cdef class Socket(Stream):
             raise TypeError(f"data: must be str or a bytes-like object, not {type(data).__name__}")
         try:
             if offset is not ZERO or length is not None:
-                start = _index("offset", offset)
-                if not 0 <= start <= n:
-                    raise ValueError(f"offset: must be between 0 and {n}, not {start}")
-                count = n - start if length is None else _index("length", length)
-                if not 0 <= count <= n - start:
-                    raise ValueError(f"length: must be between 0 and {n - start}, not {count}")
+                start = _index("offset", offset, n)
+                count = n - start if length is None else _index("length", length, n - start)
                 p += start
                 n = count
                 owner = None
@@ -686,12 +688,15 @@ cdef class Socket(Stream):
 
         Raises:
             OSError: what broke the connection before that.
+            SocketClosedError: ``terminate`` dropped them.
         """
         self.state.check()
         while self.pending() and not self.broken and self.phase < LEAVING:
             await self._writable_again()
         if self.error is not None:
             raise self.error
+        if self.dropped:
+            raise self._reason()
 
     async def sendfile(self, file, offset=0, count=None):
         """Send a file, by sendfile(2) where the socket is plain and the file a regular one.
@@ -713,11 +718,9 @@ cdef class Socket(Stream):
         self.state.check()
         if not hasattr(file, "read") or isinstance(file, io.TextIOBase):
             raise TypeError("file: must be a file opened in binary mode")
-        position = _index("offset", offset)
-        if position < 0:
-            raise ValueError(f"offset: must not be negative, not {position}")
-        if count is not None and _index("count", count) < 0:
-            raise ValueError(f"count: must not be negative, not {count}")
+        position = _index("offset", offset, LLONG_MAX)
+        if count is not None:
+            _index("count", count, LLONG_MAX)
         await self._take_write_side()
         try:
             native = self.tls is None and _is_regular(file)
@@ -1181,9 +1184,11 @@ cdef class Socket(Stream):
         return None if session is None else session.get_channel_binding("tls-unique")
 
 
-cdef object _index(str name, object value):
+cdef object _index(str name, object value, object limit):
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: must be an int, not {type(value).__name__}")
+    if not 0 <= value <= limit:
+        raise ValueError(f"{name}: must be between 0 and {limit}, not {value}")
     return value
 
 

@@ -131,6 +131,7 @@ cdef class Stream:
     cdef unsigned char pump_scheduled
     cdef unsigned char end_given       # the end event was given
     cdef unsigned char handshake_told     # that the handshake failed, or TLS broke: said once
+    cdef unsigned char dropped         # accepted bytes were
     cdef unsigned char cut_off         # the peer ended TLS without close_notify
 
     cdef int turn                # > 0 inside an event: corked writes are held until it ends

@@ -1,5 +1,6 @@
 """The socket core on uvloop's transports: reading, writing, TLS, flow control, closing."""
 
+import asyncio
 import os
 import ssl
 import threading
@@ -134,6 +135,9 @@ cdef class LoopState:
         self.tls_buffer = None
 
     cdef int _wrong_thread(self) except -1:
+        if asyncio._get_running_loop() is self.loop:
+            self.thread = PyThread_get_thread_ident()  # the loop was set up in another thread
+            return 0
         raise RuntimeError(
             f"called in thread {PyThread_get_thread_ident()}, but this object belongs to the "
             f"event loop of thread {self.thread}; use loop.call_soon_threadsafe()"
@@ -561,7 +565,7 @@ cdef class Stream:
     cdef int _receive_last(self, object data) except -1:
         """What comes after close() is dropped, but it may hold the peer's close_notify."""
         if self.tls.handshaking:
-            if self.plain is not None:  # accepted bytes still wait for the handshake
+            if self.pending():  # accepted bytes still wait for the handshake
                 self.tls.feed(data)
                 self._continue_handshake()
             return 0
@@ -1051,6 +1055,8 @@ cdef class Stream:
             return -1
         if sent < held + n:
             self.arm_writer()
+        if sent > 0 and self.group.idle_timeout > 0:
+            self.deadlines().active = now()
         if (
             sent > 0 and self.phase >= ENDING
             and self._deadlines is not None and self._deadlines.phase
@@ -1092,8 +1098,11 @@ cdef class Stream:
     cdef int flush_now(self) except -1:
         """Send what is held, as far as the kernel takes it."""
         cdef Py_ssize_t batch
-        if self.blocked or self.broken or self.fd < 0 or self.phase >= LEAVING:
+        if self.broken or self.fd < 0 or self.phase >= LEAVING:
             return 0
+        if self.blocked:
+            # The kernel is full, but holds all: it can take the FIN.
+            return self._flushed() if self.tls is None and not self.pending() else 0
         if self.wire is not None or (self.lone is not None and self.tls is None):
             if self._send(NULL, 0) < 0:
                 return 0
@@ -1209,6 +1218,7 @@ cdef class Stream:
         if (
             self.short_write and not self.blocked and not self.sending and not self.broken
             and self.phase == ESTABLISHED and self.opened and self.pending() == 0
+            and not (self.tls is not None and self.tls.handshaking)
         ):
             self.short_write = False
             return self.on_drain()
@@ -1237,6 +1247,7 @@ cdef class Stream:
         self._enter(ENDING)
         if self.pending():
             self.limit_phase(self.linger())
+        self.wake_writers()  # of a send_all: nothing more is accepted
         if self.turn == 0 and self.corks == 0:
             self.flush_now()
         return 0
@@ -1249,13 +1260,16 @@ cdef class Stream:
             self._enter(CLOSING)  # nothing was accepted yet, and nobody is told of the handshake
             return self.begin_abort(None, False)
         self._enter(CLOSING)
-        if self.tls is not None and not self.tls.handshaking:
+        if self.tls is not None:
             for data in self.stash or ():
-                self.tls.feed(data)  # dropped, but not what comes behind it
+                self.tls.feed(data)  # dropped, but not the handshake, nor what comes behind it
         self.stash = None
         self.peer_ended = self.tcp_eof or (self.tls is not None and self.tls.peer_closed)
         self.limit_phase(self.linger())
         self.update_reading()
+        self.wake_writers()  # of a send_all: nothing more is accepted
+        if self.tls is not None and self.tls.handshaking and self.pending():
+            self._continue_handshake()
         if self.turn == 0 and self.corks == 0:
             self.flush_now()
         return self._finish()
@@ -1291,6 +1305,8 @@ cdef class Stream:
         return self.wake_writers()
 
     cdef void _drop_output(self):
+        if self.pending():
+            self.dropped = True
         self.lone = None
         self.wire = None
         self.plain = None
@@ -1428,17 +1444,19 @@ cdef class Stream:
         """Have the one timer fire no later than the earliest deadline."""
         cdef Deadlines due = self._deadlines
         cdef double earliest, idle
+        # As in `_on_timer`: a deadline that it passes over would fire for ever.
+        cdef bint telling = self.opened and self.phase <= ENDING
         if due is None or self.phase >= LEAVING:
             return 0
         earliest = due.phase
-        if due.timeout and (not earliest or due.timeout < earliest):
+        if telling and due.timeout and (not earliest or due.timeout < earliest):
             earliest = due.timeout
-        if self.group.idle_timeout > 0 and self.opened and self.phase <= ENDING:
+        if telling and self.group.idle_timeout > 0:
             idle = due.active + self.group.idle_timeout
             if not earliest or idle < earliest:
                 earliest = idle
         if not earliest:
-            return self._drop_deadlines()
+            return 0 if due.timeout and self.phase <= ENDING else self._drop_deadlines()
         if due.timer is not None:
             if due.timer_at <= earliest:
                 return 0  # it fires early, finds nothing due and is armed anew: cheaper
