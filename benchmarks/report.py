@@ -217,13 +217,18 @@ def dropin(results: Results) -> str:
         found = results["workloads"].get(workload.name, {})
         for ours, theirs in DROP_IN.items():
             values = [measured(workload, found.get(peer, {})) for peer in (ours, theirs)]
-            if values[0] and values[1] and workload.unit in ("message", "request"):
+            if values[0] and values[1]:
                 unit = "B" if workload.kind == "idle" else "µs"
                 cells = [f"{number(median(each))} {unit}" for each in values if each]
-                streams = "; streams" if ours == "uvsock-streams" else ""
-                title = workload.title + streams * (not workload.title.startswith("Streams"))
+                title = _program(workload, ours)
                 table.append([title, *cells, _ratio(workload, found, ours, theirs)])
     return markdown(table)
+
+
+def _program(workload: Workload, ours: str) -> str:
+    """The workload, and which of uvsock's faces it is for where its own title does not say."""
+    streams = ours == "uvsock-streams" and not workload.title.startswith("Streams")
+    return workload.title + "; streams" * streams
 
 
 def losses(results: Results) -> str:
@@ -231,12 +236,11 @@ def losses(results: Results) -> str:
     lost = []
     for workload in WORKLOADS:
         found = results["workloads"].get(workload.name, {})
-        for peer in LABELS:
-            if peer.startswith(OURS) or peer not in found:
-                continue
-            value = ratio(workload, found.get(OURS, {}), found[peer])
+        pairs = [(OURS, peer) for peer in LABELS if not peer.startswith(OURS)]
+        for ours, peer in [*pairs, *DROP_IN.items()]:
+            value = ratio(workload, found.get(ours, {}), found.get(peer, {}))
             if value is not None and value >= 1.005:
-                lost.append((value, [workload.title, LABELS[peer], f"{value:.2f}"]))
+                lost.append((value, [_program(workload, ours), LABELS[peer], f"{value:.2f}"]))
     lost.sort(key=lambda item: -item[0])
     return markdown([["workload", "peer", "uvsock / peer"], *(row for _, row in lost)])
 

@@ -90,7 +90,7 @@ def _redis(depth: int, *, quick: bool = False) -> Workload:
         {"connections": 50, "depth": depth, "size": 64},
         unit="request",
         quick=quick,
-        peers=("uvsock", "uvloop", "uvloop-joined", "redis-server"),
+        peers=("uvsock", "uvloop", "uvloop-joined", "uvloop-streams", "bun", "redis-server"),
     )
 
 
@@ -153,6 +153,33 @@ def _app(name: str, title: str, mode: str, *needs: str, tls: bool = False) -> Wo
 
 
 ACTIVE = 50
+SLOW_READER = Workload(
+    "slow_reader",
+    "Slow reader, 100 MB to a peer that takes 50 MB per second",
+    "send",
+    "download",
+    {"bytes": 100e6, "rate": 50e6, "size": 64 * KIB},
+    kind="memory",
+    unit="64 KiB",
+)
+CHURN = Workload(
+    "churn",
+    "Churn: connect, one byte each way, close; 50 at a time",
+    "echo",
+    "churn",
+    {"connections": 50},
+    unit="connection",
+    quick=True,
+)
+IDLE = Workload(
+    "idle",
+    "Idle, 10,000 connections",
+    "echo",
+    "hold",
+    {"connections": 10000, "size": 64},
+    kind="idle",
+    quick=True,
+)
 SMALL_WRITES = Workload(
     "small_writes",
     "Small writes, five of 1 B per event, 50 connections",
@@ -192,24 +219,8 @@ WORKLOADS = (
     _redis(16, quick=True),
     _bulk("send"),
     _bulk("receive"),
-    Workload(
-        "slow_reader",
-        "Slow reader, 100 MB to a peer that takes 50 MB per second",
-        "send",
-        "download",
-        {"bytes": 100e6, "rate": 50e6, "size": 64 * KIB},
-        kind="memory",
-        unit="64 KiB",
-    ),
-    Workload(
-        "churn",
-        "Churn: connect, one byte each way, close; 50 at a time",
-        "echo",
-        "churn",
-        {"connections": 50},
-        unit="connection",
-        quick=True,
-    ),
+    SLOW_READER,
+    CHURN,
     _echo(1024, 20, tls=True, quick=True),
     _echo(65536, 4, tls=True),
     _bulk("send", tls=True),
@@ -233,15 +244,7 @@ WORKLOADS = (
         unit="connection",
         tls=True,
     ),
-    Workload(
-        "idle",
-        "Idle, 10,000 connections",
-        "echo",
-        "hold",
-        {"connections": 10000, "size": 64},
-        kind="idle",
-        quick=True,
-    ),
+    IDLE,
     Workload(
         "idle-tls",
         "Idle, 1,000 TLS connections",
@@ -264,6 +267,9 @@ WORKLOADS = (
     _protocol(_echo(1024, 50)),
     _protocol(SMALL_WRITES),
     _protocol(_echo(1024, 20, tls=True)),
+    _protocol(SLOW_READER),
+    _protocol(CHURN),
+    _protocol(IDLE),
     _app("uvicorn", "uvicorn, httptools, 50 connections", "http", "httptools", "wrk"),
     _app("uvicorn", "uvicorn, httptools, 50 connections", "http", "httptools", "wrk", tls=True),
     _app("aiohttp", "aiohttp, 50 connections", "http", "wrk"),

@@ -175,11 +175,12 @@ class Redis(Echo):
         while (request := self.requests.next()) is not None:
             self.transport.write(self.reply(request))
 
-    def reply(self, request: list[bytes]) -> bytes:
+    @classmethod
+    def reply(cls, request: list[bytes]) -> bytes:
         try:
-            encoded: bytes = self.example.encode(self.example.answer(request), 2)
-        except self.example.CommandError as failure:
-            encoded = self.example.error(str(failure))
+            encoded: bytes = cls.example.encode(cls.example.answer(request), 2)
+        except cls.example.CommandError as failure:
+            encoded = cls.example.error(str(failure))
         return encoded
 
 
@@ -280,6 +281,15 @@ async def length_prefixed(reader: Reader, writer: Writer) -> None:
             await writer.drain()
 
 
+async def redis(reader: Reader, writer: Writer) -> None:
+    requests = Redis.example.Requests()
+    while data := await reader.read(65536):
+        requests.feed(data)
+        while (request := requests.next()) is not None:
+            writer.write(Redis.reply(request))
+            await writer.drain()
+
+
 writers: set[Writer] = set()
 
 
@@ -347,6 +357,7 @@ STREAMS = {
     "receive": receive,
     "lines": lines,
     "length_prefixed": length_prefixed,
+    "redis": redis,
 }
 
 

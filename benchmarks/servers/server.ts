@@ -42,6 +42,44 @@ function received(socket: Peer, data: Buffer): Buffer {
   return begun.length === 0 ? data : Buffer.concat([begun, data]);
 }
 
+// Redis: the strings that are kept, and a request's words, or null while it is unfinished.
+const kept = new Map<string, Buffer>();
+const OK = Buffer.from("+OK\r\n");
+const NIL = Buffer.from("$-1\r\n");
+const UNKNOWN = Buffer.from("-ERR unknown command\r\n");
+
+function words(all: Buffer, start: number): { words: Buffer[]; end: number } | null {
+  let end = all.indexOf(LF, start);
+  if (end < 0) return null;
+  let count = Number(all.latin1Slice(start + 1, end - 1));
+  const found: Buffer[] = [];
+  for (let at = end + 1; count > 0; count--) {
+    end = all.indexOf(LF, at);
+    if (end < 0) return null;
+    const size = Number(all.latin1Slice(at + 1, end - 1));
+    at = end + 1 + size + 2;
+    if (at > all.length) return null;
+    found.push(all.subarray(end + 1, end + 1 + size));
+    end = at - 1;
+  }
+  return { words: found, end: end + 1 };
+}
+
+function answer([name, key, value]: Buffer[]): Buffer {
+  switch (name?.latin1Slice().toUpperCase()) {
+    case "SET":
+      kept.set(key.latin1Slice(), Buffer.from(value));
+      return OK;
+    case "GET": {
+      const found = kept.get(key.latin1Slice());
+      if (found === undefined) return NIL;
+      return Buffer.concat([Buffer.from(`$${found.length}\r\n`), found, Buffer.from("\r\n")]);
+    }
+    default:
+      return UNKNOWN;
+  }
+}
+
 function writeRest(socket: Peer) {
   const rest = socket.data.rest;
   if (rest === null) return;
@@ -114,6 +152,16 @@ const behaviours = {
         send(socket, all.subarray(start, end));
         start = end;
       }
+      socket.data.begun = all.subarray(start);
+    },
+    drain: writeRest,
+  },
+  redis: {
+    data(socket: Peer, data: Buffer) {
+      const all = received(socket, data);
+      let start = 0;
+      for (let request; (request = words(all, start)) !== null; start = request.end)
+        send(socket, answer(request.words));
       socket.data.begun = all.subarray(start);
     },
     drain: writeRest,
