@@ -1019,3 +1019,8 @@ async def test_a_connect_cancelled_twice(steps: int) -> None:
         await cancelled(task)
         await asyncio.sleep(0.02)
         await until(lambda: not listener.connections)
+
+
+async def test_a_local_address_of_another_family_is_named() -> None:
+    with pytest.raises(OSError, match="local_address is of another family"):
+        await uvsock.connect({"data": ignore}, "127.0.0.1", free_port(), local_address=("::1", 0))

@@ -1088,3 +1088,31 @@ async def test_tls_takes_a_context_of_the_standard_librarys(authority: Authority
         with pytest.raises(ssl.SSLCertVerificationError):
             await uvsock.connect({"data": ignore}, "127.0.0.1", listener.port, tls=True)
         await until(lambda: listener.stats.handshake_failures == 1)
+
+
+async def test_a_relative_path_is_removed_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    listener = await uvsock.listen({"data": lambda *_: None}, unix="socket")
+    assert (tmp_path / "socket").exists()
+    monkeypatch.chdir("/")
+    listener.stop()
+    await soon(listener.wait_closed())
+    assert not (tmp_path / "socket").exists()
+
+
+async def test_shutdown_does_not_wait_for_a_handler_that_hangs(wire: Wire) -> None:
+    hanging = asyncio.Event()
+
+    async def data(socket: uvsock.Socket[Any], data: bytes) -> None:
+        await hanging.wait()
+
+    listener = await wire.listen({"data": data})
+    client = await wire.connect(listener, {"data": lambda *_: None})
+    client.write(b"x")
+    await asyncio.sleep(0.02)
+    await soon(listener.shutdown(0.05))
+    hanging.set()
+    await soon(listener.wait_closed())
+    await soon(client.wait_closed())

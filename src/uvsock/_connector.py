@@ -289,13 +289,15 @@ def _interleave(
 async def _dial(family: int, address: tuple[Any, ...], local: list[Address]) -> stdlib.socket:
     sock: stdlib.socket | None = None
     where = f"{address[0]} port {address[1]}"
+    own = [entry[1] for entry in local if entry[0] == family]
+    if local and not own:
+        raise OSError(
+            errno.EAFNOSUPPORT, f"cannot connect to {where}: local_address is of another family"
+        )
     try:
         sock = stdlib.socket(family, stdlib.SOCK_STREAM)
         sock.setblocking(False)
         if local:
-            own = [entry[1] for entry in local if entry[0] == family]
-            if not own:
-                raise OSError(errno.EAFNOSUPPORT, "local_address is of another family")
             where += f" from {own[0][0]} port {own[0][1]}"
             sock.setsockopt(stdlib.SOL_SOCKET, stdlib.SO_REUSEADDR, 1)
             sock.bind(own[0])

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 # A port that the system picked for one address can be taken for another.
 _PORT_ATTEMPTS = 20
+# Seconds that async handlers have after their sockets were terminated.
+LAST_GRACE = 1.0
 # An address of a family or an interface that this machine does not have.
 _NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
@@ -209,8 +211,10 @@ class Listener:
         self._servers = []
         self._referenced = True
         self._path = path
-        # To remove the file at stop() only if it is still this listener's.
+        # To remove the file at stop(), wherever the working directory is then, and only if it is
+        # still this listener's.
         self._inode = _inode(path) if owns_path and path is not None else None
+        self._file = os.path.abspath(path) if self._inode is not None and path else None
         self._hostname: str | None = None
         self._port: int | None = None
         if path is None:
@@ -236,10 +240,10 @@ class Listener:
         self._servers = []
         self._sockets = []
         if self._inode is not None:
-            assert self._path is not None
-            if _inode(self._path) == self._inode:
+            assert self._file is not None
+            if _inode(self._file) == self._inode:
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._path)
+                    os.unlink(self._file)
             self._inode = None
 
     def __repr__(self) -> str:
@@ -380,6 +384,8 @@ class Listener:
     async def shutdown(self, timeout: float) -> None:
         """Stop accepting, let the sockets finish by themselves, then terminate what is left.
 
+        Async handlers that still run then have one more second; it does not wait for them longer.
+
         Args:
             timeout: seconds that they have; 0 terminates them at once.
         """
@@ -391,7 +397,8 @@ class Listener:
             await asyncio.wait([empty], timeout=seconds)
         for sock in self.sockets:
             sock.terminate()
-        await empty
+        if not empty.done():
+            await asyncio.wait([empty], timeout=LAST_GRACE)
 
     async def __aenter__(self) -> Self:
         return self

@@ -9,6 +9,7 @@ from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from uvsock._listener import LAST_GRACE
 from uvsock._stream import LoopState, state_of
 from uvsock.dropin.loop import new_event_loop
 
@@ -16,8 +17,6 @@ _T = TypeVar("_T")
 
 # Seconds that sockets have to deliver what they accepted, after a signal or an error.
 _GRACE = 5.0
-# Seconds that async `close` handlers have after their sockets were terminated.
-_LAST_GRACE = 1.0
 
 
 def run(main: Coroutine[Any, Any, _T], *, debug: bool | None = None) -> _T | None:
@@ -138,7 +137,7 @@ async def _stop(state: LoopState, signals: _Signals) -> None:
     await _emptied(state, _GRACE, signals)
     for socket in _sockets(state):
         socket.terminate()
-    await _emptied(state, _LAST_GRACE, signals)
+    await _emptied(state, LAST_GRACE, signals)
 
 
 def _sockets(state: LoopState) -> list[Any]:

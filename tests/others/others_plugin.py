@@ -85,6 +85,23 @@ class Others:
         policy: Any = asyncio.DefaultEventLoopPolicy
         policy._loop_factory = staticmethod(closeable)
 
+    def prepare_cpython_streams(self) -> None:
+        import asyncio.streams
+
+        import uvsock
+
+        self.prepare_cpython()
+        for name in (
+            "StreamReader",
+            "StreamWriter",
+            "open_connection",
+            "open_unix_connection",
+            "start_server",
+            "start_unix_server",
+        ):
+            for module in (asyncio, asyncio.streams):
+                setattr(module, name, getattr(uvsock, name))
+
     def prepare_uvicorn(self) -> None:
         import uvicorn.loops.asyncio as module
 

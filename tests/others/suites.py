@@ -58,6 +58,16 @@ SUITES = (
         ci=True,
     ),
     Suite(
+        "cpython_streams",
+        "CPython's tests of asyncio's streams, on uvsock's",
+        None,
+        (),
+        (),
+        ("test_streams.py",),
+        only=("test_streams.py::StreamTests*",),
+        ci=True,
+    ),
+    Suite(
         "uvloop",
         "uvloop's own tests",
         "uvloop",  # the version that is installed
