@@ -1397,13 +1397,47 @@ async def test_an_address_in_use_is_named(tcp_net: Net) -> None:
         await tcp_net.loop.create_server(echo, *tcp_net.address, reuse_address=False)
 
 
-async def test_happy_eyeballs_and_local_address(tcp_net: Net) -> None:
-    await tcp_net.serve(echo)
-    _, client = await tcp_net.connect(
-        Recorder, happy_eyeballs_delay=0.1, interleave=1, local_addr=("127.0.0.1", 0)
+async def test_local_address(tcp_net: Net) -> None:
+    peers: list[Any] = []
+    await tcp_net.serve(
+        lambda: Recorder(made=lambda p: peers.append(p.transport.get_extra_info("peername")))
     )
-    client.transport.write(b"x")
+    await tcp_net.connect(Recorder, local_addr=("127.0.0.2", 0))
+    await until(lambda: peers)
+    assert peers[0][0] == "127.0.0.2"
+
+
+async def test_happy_eyeballs(tcp_net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second address is tried while the first has not answered; without a delay it is not."""
+    await tcp_net.serve(echo)
+    loop = tcp_net.loop
+    slow = ("127.0.0.1", 1)
+
+    resolving = loop.getaddrinfo
+
+    async def getaddrinfo(host: Any, *arguments: Any, **options: Any) -> Any:
+        if host != "two.test":
+            return await resolving(host, *arguments, **options)
+        kind = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+        return [(*kind, slow), (*kind, tcp_net.address)]
+
+    connecting = type(loop).sock_connect
+
+    async def sock_connect(sock: socket.socket, address: Any) -> None:
+        if address == slow:
+            await asyncio.sleep(30)
+        await connecting(loop, sock, address)
+
+    monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(loop, "sock_connect", sock_connect)
+    transport, client = await soon(
+        loop.create_connection(Recorder, "two.test", 80, happy_eyeballs_delay=0.01)
+    )
+    tcp_net.transports.append(transport)
+    transport.write(b"x")
     await until(lambda: client.received == b"x")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(loop.create_connection(Recorder, "two.test", 80), 0.1)
 
 
 async def test_a_socket_of_ones_own(plain_net: Net) -> None:

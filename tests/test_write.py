@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import uvsock
-from conftest import Recorder, Wire, soon, until
+from conftest import Recorder, Wire, run_python, soon, until
 
 MIB = 1 << 20
 
@@ -587,3 +587,61 @@ async def test_cancelled_waits_leave_nothing(tcp_wire: Wire) -> None:
     before = await wait_in_vain(10)
     assert await wait_in_vain(300) - before < 100
     await finish(listener, writer)
+
+
+WITHOUT_DESCRIPTORS = """
+import asyncio, errno, os, resource, uvsock
+
+async def main():
+    received = 0
+    servers = []
+    def data(socket, data):
+        nonlocal received
+        received += len(data)
+    def opened(socket):
+        socket.pause()
+        servers.append(socket)
+    table = {"open": opened, "data": data}
+    listener = await uvsock.listen(table, "127.0.0.1", 0)
+    client = await uvsock.connect({"data": data}, "127.0.0.1", listener.port)
+    while not servers:
+        await asyncio.sleep(0.001)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    taken = []
+    try:
+        while True:
+            taken.append(os.dup(0))
+    except OSError:
+        pass
+    for call in (
+        lambda: uvsock.listen(table, "127.0.0.1", 0),
+        lambda: uvsock.connect(table, "127.0.0.1", listener.port),
+    ):
+        try:
+            await call()
+        except OSError as error:
+            print(errno.errorcode[error.errno])
+    # The kernel is full, and there is no descriptor to watch it with.
+    accepted = 0
+    while (n := client.write(bytes(65536))) == 65536:
+        accepted += n
+    accepted += n
+    assert client.writable_length
+    servers[0].resume()
+    async with asyncio.timeout(5):
+        while received < accepted:
+            await asyncio.sleep(0.01)
+    print(received == accepted)
+    for descriptor in taken:
+        os.close(descriptor)
+    client.close()
+    await client.wait_closed()
+    listener.stop(True)
+
+uvsock.run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts on Linux's choice of descriptors")
+def test_when_no_descriptor_is_left() -> None:
+    assert run_python("-c", WITHOUT_DESCRIPTORS) == "EMFILE\nEMFILE\nTrue\n"
