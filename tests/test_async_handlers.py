@@ -1089,3 +1089,29 @@ async def test_no_open_after_an_async_handshake_that_ends_it(tls_wire: Wire, how
             await soon(tls_wire.connect(listener, table))
         await asyncio.sleep(0.05)
     assert events == (["handshake", "error"] if how == "raise" else ["handshake"])
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_the_error_handler_of_open_can_reply(wire: Wire, asynchronous: bool) -> None:
+    written: list[int] = []
+
+    def opened(socket: uvsock.Socket[Any]) -> None:
+        raise ZeroDivisionError
+
+    def error(socket: uvsock.Socket[Any], error: Exception) -> None:
+        written.append(socket.write(b"sorry"))
+
+    async def error_later(socket: uvsock.Socket[Any], failure: Exception) -> None:
+        await asyncio.sleep(0)
+        error(socket, failure)
+
+    table = {
+        "open": opened,
+        "data": lambda *_: None,
+        "error": error_later if asynchronous else error,
+    }
+    async with await wire.listen(table) as listener:
+        reader, writer = await wire.streams(listener)
+        assert await soon(reader.read()) == b"sorry"
+        writer.close()
+    assert written == [5]

@@ -22,6 +22,7 @@ cdef class AsyncHandler:
     cdef int event
     cdef object borrowed          # the memoryview that it was given, or None
     cdef list queue               # of (event, argument)
+    cdef bint closes              # when it has returned: it is the error handler of `open`
 
 
 cdef class Socket(Stream):

@@ -393,6 +393,9 @@ cdef class Socket(Stream):
                 if isinstance(failure, ENDING_THE_RUN):
                     failure = None  # the task itself has ended the run with it
             self._returned(running.event, failure, False)
+            if running.closes:
+                running.closes = False
+                self.begin_close()
             self._run_queue()
             if self.phase < LEAVING and not self.busy:
                 self.pump()
@@ -420,7 +423,10 @@ cdef class Socket(Stream):
         if event == OPEN:
             self._tell("opened", None)
             if failure is not None:
-                self.begin_close()
+                if self.busy:
+                    self._running.closes = True  # its async error handler can still reply
+                else:
+                    self.begin_close()
         elif event == HANDSHAKE:
             if self.phase > ENDING and not self.opened:
                 # Closed before it opened: whoever waits for that need not wait for the linger.
