@@ -761,7 +761,7 @@ async def test_a_timeout_of_a_closing_socket_does_not_spin(plain_wire: Wire) -> 
     await stopped(listener)
 
 
-async def test_a_timeout_set_in_the_handshake_is_told_after_it(tls_wire: Wire) -> None:
+async def test_a_timeout_set_in_the_handshake_does_not_spin(tls_wire: Wire) -> None:
     server = Recorder()
     listener = await tls_wire.listen(server.table())
     silent = stdlib.create_connection((listener.hostname, listener.port))

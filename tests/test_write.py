@@ -611,8 +611,8 @@ async def main():
     try:
         while True:
             taken.append(os.dup(0))
-    except OSError:
-        pass
+    except OSError as error:
+        assert error.errno == errno.EMFILE
     for call in (
         lambda: uvsock.listen(table, "127.0.0.1", 0),
         lambda: uvsock.connect(table, "127.0.0.1", listener.port),

@@ -19,8 +19,7 @@ cdef class Handlers:
     # One bit per Event: that callable is an `async def`.
     cdef unsigned int _awaitable
 
-    cdef int _use_methods(self) except -1
-    cdef object _method(self, str name)
+    cdef object _pick(self, str name, object handler)
     # One method per event, called through C; a compiled table overrides those it wants. They return
     # None when done, a coroutine to be awaited before the socket's next event, NotImplemented where
     # the table has no such handler.

@@ -38,17 +38,15 @@ cdef class Handlers:
 
     def __init__(self, *, open=None, data=None, drain=None, close=None, error=None, end=None,
                  timeout=None, handshake=None, connect_error=None):
-        self.open = open
-        self.data = data
-        self.drain = drain
-        self.end = end
-        self.timeout = timeout
-        self.handshake = handshake
-        self.error = error
-        self.close = close
-        self.connect_error = connect_error
-        if type(self) is not Handlers:
-            self._use_methods()
+        self.open = self._pick("open", open)
+        self.data = self._pick("data", data)
+        self.drain = self._pick("drain", drain)
+        self.end = self._pick("end", end)
+        self.timeout = self._pick("timeout", timeout)
+        self.handshake = self._pick("handshake", handshake)
+        self.error = self._pick("error", error)
+        self.close = self._pick("close", close)
+        self.connect_error = self._pick("connect_error", connect_error)
         self._awaitable = 0
         for event, name in enumerate(NAMES):
             handler = getattr(self, name)
@@ -64,31 +62,11 @@ cdef class Handlers:
         if type(self) is Handlers and data is None and drain is None:
             raise TypeError("handlers: at least 'data' or 'drain' must be given")
 
-    cdef int _use_methods(self) except -1:
-        """Have the methods of a Python subclass called that have the names of events."""
-        if self.open is None:
-            self.open = self._method("open")
-        if self.data is None:
-            self.data = self._method("data")
-        if self.drain is None:
-            self.drain = self._method("drain")
-        if self.end is None:
-            self.end = self._method("end")
-        if self.timeout is None:
-            self.timeout = self._method("timeout")
-        if self.handshake is None:
-            self.handshake = self._method("handshake")
-        if self.error is None:
-            self.error = self._method("error")
-        if self.close is None:
-            self.close = self._method("close")
-        if self.connect_error is None:
-            self.connect_error = self._method("connect_error")
-        return 0
-
-    cdef object _method(self, str name):
-        own = getattr(type(self), name) is not getattr(Handlers, name)
-        return getattr(self, name) if own else None
+    cdef object _pick(self, str name, object handler):
+        """The handler of an event: in a Python subclass its method of that name will do."""
+        if handler is None and getattr(type(self), name) is not getattr(Handlers, name):
+            return getattr(self, name)
+        return handler
 
     def __repr__(self):
         names = [name for name in NAMES if getattr(self, name) is not None]

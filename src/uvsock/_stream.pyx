@@ -488,7 +488,7 @@ cdef class Stream:
         return 0
 
     cdef int on_data_raised(self, object error) except -1:
-        return 0
+        raise error  # a subclass whose on_data raises says what becomes of it
 
     cdef int on_frame_error(self, object error) except -1:
         return 0
