@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import random
 import re
 import socket
 import ssl
@@ -209,6 +210,21 @@ def run_python(
     assert without_slowness(result.stderr) == ""
     assert result.returncode == 0
     return result.stdout
+
+
+def unused_port(*hosts: str) -> int:
+    """A port that nobody has at these IPv4 addresses ("127.0.0.1" if none is named).
+
+    Below the range that systems give out by themselves: there any connection of another test run
+    may take it meanwhile, or the one that should be refused is given it and meets itself.
+    """
+    for port in random.sample(range(20000, 32000), 100):
+        with contextlib.ExitStack() as taken, contextlib.suppress(OSError):
+            for host in hosts or ("127.0.0.1",):
+                # Without SO_REUSEADDR, so that TIME_WAIT counts as well.
+                taken.enter_context(socket.socket()).bind((host, port))
+            return port
+    raise RuntimeError(f"no port is free at {hosts}")
 
 
 def open_descriptors() -> set[int]:

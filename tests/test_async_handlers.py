@@ -12,7 +12,7 @@ import pytest
 import uvloop
 
 import uvsock
-from conftest import Recorder, Wire, soon, until
+from conftest import Recorder, Wire, soon, until, unused_port
 from uvsock import ReadyState
 
 MIB = 1 << 20
@@ -589,15 +589,6 @@ async def test_an_async_timeout_handler_and_the_data_that_waits(wire: Wire) -> N
     await stopped(listener)
 
 
-def closed_port() -> int:
-    import socket as stdlib
-
-    with stdlib.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 async def test_an_async_connect_error_is_awaited() -> None:
     finished: list[tuple[Any, Exception]] = []
 
@@ -610,7 +601,7 @@ async def test_an_async_connect_error_is_awaited() -> None:
         await uvsock.connect(
             {"data": ignore, "connect_error": connect_error},
             "127.0.0.1",
-            closed_port(),
+            unused_port(),
             data="mine",
         )
     assert finished == [(-1, caught.value)]
@@ -625,7 +616,7 @@ async def test_what_an_async_connect_error_raises_replaces_the_error() -> None:
 
     with pytest.raises(Trouble) as caught:
         await uvsock.connect(
-            {"data": ignore, "connect_error": connect_error}, "127.0.0.1", closed_port()
+            {"data": ignore, "connect_error": connect_error}, "127.0.0.1", unused_port()
         )
     assert caught.value is raised
     assert isinstance(raised.__context__, ConnectionRefusedError)

@@ -30,7 +30,7 @@ from typing import Any
 import pytest
 
 import uvsock
-from conftest import Recorder, Wire, open_descriptors, run_python, soon, until
+from conftest import Recorder, Wire, open_descriptors, run_python, soon, until, unused_port
 from uvsock import BufferSink, ReadyState, _connector
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
@@ -92,12 +92,6 @@ def plain(events: list[str]) -> list[str]:
     return [event for event in events if event != "handshake"]
 
 
-def refused_port() -> int:
-    with stdlib.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
-
-
 def strace() -> str:
     """The path of strace; without it the test is skipped, or fails where CI says so."""
     found = shutil.which("strace")
@@ -155,7 +149,7 @@ def test_wrong_arguments_raise_at_the_call(call: Callable[..., Any]) -> None:
 
 async def test_the_networks_failures_wait_for_await() -> None:
     """B2: a refused connection is none of the call's errors."""
-    pending = uvsock.connect(IGNORE, "127.0.0.1", refused_port())
+    pending = uvsock.connect(IGNORE, "127.0.0.1", unused_port())
     with pytest.raises(ConnectionRefusedError):
         await pending
 
@@ -562,7 +556,7 @@ async def test_connect_error_comes_once_before_the_exception(plain_wire: Wire) -
 
 async def test_a_refusal_says_where(tcp_wire: Wire) -> None:
     """B37: the type is Python's, `errno` positive, the address in the text."""
-    port = refused_port()
+    port = unused_port()
     with pytest.raises(ConnectionRefusedError, match=f"127.0.0.1 port {port}") as caught:
         await uvsock.connect(IGNORE, "127.0.0.1", port)
     assert caught.value.errno == errno.ECONNREFUSED > 0
@@ -580,7 +574,7 @@ async def test_the_socket_of_connect_error() -> None:
     given = object()
     with pytest.raises(ConnectionRefusedError):
         await uvsock.connect(
-            {"data": ignore, "connect_error": failed}, "127.0.0.1", refused_port(), data=given
+            {"data": ignore, "connect_error": failed}, "127.0.0.1", unused_port(), data=given
         )
     assert seen == [ReadyState.CLOSED, given, -1, -1, "assigned"]
 
@@ -592,7 +586,7 @@ async def test_both_channels_get_one_error(loop_errors: list[Any]) -> None:
         for host in ("127.0.0.1", "no-such-name.invalid"):
             for _ in range(3):
                 with pytest.raises(OSError) as caught:
-                    await uvsock.connect(table, host, refused_port())
+                    await uvsock.connect(table, host, unused_port())
                 assert table is IGNORE or told[-1] is caught.value
     told.clear()
     for _ in range(10):
@@ -614,11 +608,11 @@ async def test_what_connect_error_raises_replaces_the_error() -> None:
     for handler in (raising, raising_later):
         with pytest.raises(LookupError, match="instead"):
             await uvsock.connect(
-                {"data": ignore, "connect_error": handler}, "127.0.0.1", refused_port()
+                {"data": ignore, "connect_error": handler}, "127.0.0.1", unused_port()
             )
     returning = {"data": ignore, "connect_error": lambda socket, error: LookupError("ignored")}
     with pytest.raises(ConnectionRefusedError):
-        await uvsock.connect(returning, "127.0.0.1", refused_port())
+        await uvsock.connect(returning, "127.0.0.1", unused_port())
 
 
 async def test_connect_error_is_never_called_inside_connect(unix_wire: Wire) -> None:
@@ -681,7 +675,7 @@ async def test_the_systems_error_decides(unix_wire: Wire) -> None:
     regular = unix_wire.directory / "regular"
     regular.touch()
     with pytest.raises(ConnectionRefusedError):
-        await uvsock.connect(IGNORE, "127.0.0.1", refused_port())
+        await uvsock.connect(IGNORE, "127.0.0.1", unused_port())
     with pytest.raises(FileNotFoundError):
         await uvsock.connect(IGNORE, unix=unix_wire.directory / "missing")
     with pytest.raises(OSError, match="regular") as caught:
@@ -784,7 +778,7 @@ def test_a_pending_connect_keeps_run_going() -> None:
     with stdlib.create_server(("127.0.0.1", 0)) as server:
         accepting = threading.Thread(target=lambda: server.accept()[0].close())
         accepting.start()
-        uvsock.run(main(refused_port(), server.getsockname()[1]))
+        uvsock.run(main(unused_port(), server.getsockname()[1]))
         accepting.join(5)
     assert sorted(outcomes) == ["connected", "refused"]
 
@@ -959,7 +953,7 @@ async def test_a_reset_waits_while_data_closes_the_socket(tcp_wire: Wire) -> Non
     def close(socket: uvsock.Socket[Any], error: OSError | None) -> None:
         tasks.append(asyncio.ensure_future(refused()))
 
-    port = refused_port()
+    port = unused_port()
     server = Recorder(data=lambda socket, data: socket.terminate(), close=close)
     listener, peer = await dialled(tcp_wire, server)
     peer.sendall(b"x" * 1000)

@@ -19,7 +19,16 @@ from typing import Any
 import pytest
 
 import uvsock
-from conftest import SERVER_NAME, Authority, Recorder, Wire, open_descriptors, soon, until
+from conftest import (
+    SERVER_NAME,
+    Authority,
+    Recorder,
+    Wire,
+    open_descriptors,
+    soon,
+    until,
+    unused_port,
+)
 from uvsock import ReadyState, _connector
 
 NOWHERE = ("192.0.2.1", 9)  # RFC 5737: routed nowhere
@@ -32,13 +41,6 @@ def ignore(socket: uvsock.Socket[Any], *arguments: Any) -> None:
 async def stopped(listener: uvsock.Listener) -> None:
     listener.stop(True)
     await soon(listener.wait_closed())
-
-
-def free_port() -> int:
-    with stdlib.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 @asynccontextmanager
@@ -118,7 +120,7 @@ async def test_ipv6() -> None:
 
 
 async def test_refused(loop_errors: list[Any]) -> None:
-    port = free_port()
+    port = unused_port()
     recorder = Recorder()
     with pytest.raises(ConnectionRefusedError, match=f"127.0.0.1 port {port}") as caught:
         await uvsock.connect(recorder.table(), "127.0.0.1", port, data="d")
@@ -164,7 +166,7 @@ async def test_connect_error_is_called_once_and_before_the_exception(wire: Wire)
 
 async def test_without_connect_error_the_exception_is_all(loop_errors: list[Any]) -> None:
     with pytest.raises(ConnectionRefusedError):
-        await uvsock.connect({"data": ignore}, "127.0.0.1", free_port())
+        await uvsock.connect({"data": ignore}, "127.0.0.1", unused_port())
     assert not loop_errors
 
 
@@ -391,7 +393,7 @@ async def test_cancelling_while_the_name_is_looked_up(monkeypatch: pytest.Monkey
         for _ in range(3):
             await asyncio.sleep(0)
         if answered:
-            info = (stdlib.AF_INET, stdlib.SOCK_STREAM, 6, "", ("127.0.0.1", free_port()))
+            info = (stdlib.AF_INET, stdlib.SOCK_STREAM, 6, "", ("127.0.0.1", unused_port()))
             answer.set_result([info])
         await cancelled(task)
         assert recorder.events == []
@@ -409,7 +411,7 @@ async def test_cancelling_while_an_async_connect_error_runs() -> None:
             order.append("over")
 
     table = {"data": ignore, "connect_error": told}
-    task = asyncio.create_task(uvsock.connect(table, "127.0.0.1", free_port()))
+    task = asyncio.create_task(uvsock.connect(table, "127.0.0.1", unused_port()))
     await until(lambda: order)
     await cancelled(task)
     assert order == ["told", "over"]
@@ -442,7 +444,7 @@ async def test_connect_error_runs_in_the_context_of_the_call(kind: str) -> None:
     connecting = uvsock.connect(
         {"data": ignore, "connect_error": told if kind == "sync" else told_later},
         "127.0.0.1",
-        free_port(),
+        unused_port(),
     )
     variable.set("awaited")
     with pytest.raises(ConnectionRefusedError):
@@ -488,7 +490,7 @@ async def test_cancelling_leaves_nothing(stage: str, authority: Authority) -> No
 
 
 async def test_connect_error_may_be_async_and_replace_the_error() -> None:
-    port = free_port()
+    port = unused_port()
     order: list[str] = []
 
     async def told(socket: uvsock.Socket[Any], error: Exception) -> None:
@@ -551,8 +553,8 @@ async def test_the_next_address_is_tried_at_once_when_one_fails(
     async with await uvsock.listen({"data": ignore}, "127.0.0.1", 0) as listener:
         patch_addresses(
             monkeypatch,
-            (stdlib.AF_INET6, ("::1", free_port(), 0, 0)),
-            (stdlib.AF_INET, ("127.0.0.1", free_port())),
+            (stdlib.AF_INET6, ("::1", unused_port(), 0, 0)),
+            (stdlib.AF_INET, ("127.0.0.1", unused_port())),
             (stdlib.AF_INET, ("127.0.0.1", listener.port)),
         )
         socket = await soon(
@@ -591,7 +593,7 @@ async def test_a_silent_address_does_not_hold_up_the_next(
 
 
 async def test_when_all_fail_every_address_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    ports = [free_port() for _ in range(2)]
+    ports = [unused_port() for _ in range(2)]
     patch_addresses(monkeypatch, *((stdlib.AF_INET, ("127.0.0.1", port)) for port in ports))
     with pytest.raises(ConnectionRefusedError) as caught:
         await uvsock.connect({"data": ignore}, "several.test", 80)
@@ -601,8 +603,8 @@ async def test_when_all_fail_every_address_is_named(monkeypatch: pytest.MonkeyPa
 async def test_one_after_another_in_the_resolvers_order_with_the_families_taking_turns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    six = [(stdlib.AF_INET6, ("::1", free_port(), 0, 0)) for _ in range(2)]
-    four = [(stdlib.AF_INET, ("127.0.0.1", free_port())) for _ in range(3)]
+    six = [(stdlib.AF_INET6, ("::1", unused_port(), 0, 0)) for _ in range(2)]
+    four = [(stdlib.AF_INET, ("127.0.0.1", unused_port())) for _ in range(3)]
     dialled: list[Any] = []
     dial = _connector._dial
 
@@ -621,7 +623,7 @@ async def test_an_answer_says_more_than_a_missing_route(monkeypatch: pytest.Monk
     patch_addresses(
         monkeypatch,
         (stdlib.AF_INET, ("255.255.255.255", 80)),
-        (stdlib.AF_INET, ("127.0.0.1", free_port())),
+        (stdlib.AF_INET, ("127.0.0.1", unused_port())),
     )
     recorder = Recorder()
     with pytest.raises(ConnectionRefusedError, match="255.255.255.255 port 80.*127.0.0.1"):
@@ -653,7 +655,7 @@ async def test_of_all_attempts_at_once_one_is_kept(monkeypatch: pytest.MonkeyPat
 async def test_local_address() -> None:
     recorder = Recorder()
     async with await uvsock.listen(recorder.table(), "127.0.0.1", 0) as listener:
-        port = free_port()
+        port = unused_port()
         socket = await uvsock.connect(
             {"data": ignore}, "127.0.0.1", listener.port, local_address=("127.0.0.2", port)
         )
@@ -1023,4 +1025,4 @@ async def test_a_connect_cancelled_twice(steps: int) -> None:
 
 async def test_a_local_address_of_another_family_is_named() -> None:
     with pytest.raises(OSError, match="local_address is of another family"):
-        await uvsock.connect({"data": ignore}, "127.0.0.1", free_port(), local_address=("::1", 0))
+        await uvsock.connect({"data": ignore}, "127.0.0.1", unused_port(), local_address=("::1", 0))

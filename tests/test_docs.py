@@ -199,7 +199,7 @@ import pytest  # noqa: E402
 import trustme  # noqa: E402
 
 import uvsock  # noqa: E402
-from conftest import Authority, run_python  # noqa: E402
+from conftest import Authority, run_python, unused_port  # noqa: E402
 
 PAGES = sorted(
     [ROOT / "README.md", *(p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts)]
@@ -209,13 +209,6 @@ RUNNABLE = [page for page in PAGES if "```python" in page.read_text()]
 
 def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
-
-
-def free_port() -> int:
-    for port in range(20000 + os.getpid() % 9000, 30000):
-        with contextlib.suppress(OSError), socket.create_server(("localhost", port)):
-            return port
-    raise RuntimeError("no port is free")
 
 
 @pytest.fixture
@@ -236,7 +229,7 @@ def directory(authority: Authority, tmp_path: Path) -> Path:
 def test_the_code_of_a_page_runs_and_prints_what_the_page_says(page: Path, directory: Path) -> None:
     # The same uvsock as here, also where the path to it is relative.
     environment = os.environ | {"PYTHONPATH": str(Path(uvsock.__file__).parent.parent)}
-    run_python(__file__, str(page), str(free_port()), cwd=directory, env=environment, timeout=50)
+    run_python(__file__, str(page), str(unused_port()), cwd=directory, env=environment, timeout=50)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -19,7 +19,16 @@ from typing import Any
 import pytest
 
 import uvsock
-from conftest import SERVER_NAME, Authority, Recorder, Wire, open_descriptors, soon, until
+from conftest import (
+    SERVER_NAME,
+    Authority,
+    Recorder,
+    Wire,
+    open_descriptors,
+    soon,
+    until,
+    unused_port,
+)
 from uvsock import _listener
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Linux has abstract names")
@@ -82,11 +91,10 @@ def patch_lookup(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo, raising=False)
 
 
-def bound(reuse: int | None = stdlib.SO_REUSEADDR, port: int = 0) -> stdlib.socket:
+def bound(port: int = 0) -> stdlib.socket:
     """A socket that is bound and does not listen."""
     sock = stdlib.socket()
-    if reuse is not None:
-        sock.setsockopt(stdlib.SOL_SOCKET, reuse, 1)
+    sock.setsockopt(stdlib.SOL_SOCKET, stdlib.SO_REUSEADDR, 1)
     sock.bind(("127.0.0.1", port))
     return sock
 
@@ -229,8 +237,8 @@ async def test_an_address_that_this_machine_lacks_is_left_out_while_another_work
 async def test_one_address_of_several_in_use_fails_it_all_and_names_that_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with stdlib.create_server(("127.0.0.2", 0)) as occupied:
-        port = occupied.getsockname()[1]
+    port = unused_port("127.0.0.1", "127.0.0.2", "127.0.0.3")
+    with stdlib.create_server(("127.0.0.2", port)):
         before = open_descriptors()
         patch_lookup(monkeypatch, "127.0.0.1", "127.0.0.2", "127.0.0.3")
         with pytest.raises(OSError, match=f"127.0.0.2 port {port}") as caught:
@@ -269,9 +277,10 @@ async def test_ipv6_only_leaves_ipv4_alone() -> None:
         with pytest.raises(ConnectionRefusedError):
             stdlib.create_connection(("127.0.0.1", six.port), 5)
     # The same port of the other family is still free.
+    port = unused_port("0.0.0.0")
     async with (
-        listening("::", 0, ipv6_only=True) as six,
-        listening("0.0.0.0", six.port) as four,
+        listening("::", port, ipv6_only=True) as six,
+        listening("0.0.0.0", port) as four,
     ):
         assert await answers(six)
         assert await answers(four)
@@ -1039,8 +1048,7 @@ async def test_cancelling_listen_while_it_resolves_binds_nothing(
         return await answer
 
     monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo, raising=False)
-    with bound(reuse=None) as sock:
-        port = sock.getsockname()[1]
+    port = unused_port()
     task = asyncio.create_task(uvsock.listen(ECHO, "slow.test", port))
     if when != "before":
         await soon(asked.wait())
@@ -1060,8 +1068,7 @@ async def test_cancelling_listen_while_it_resolves_binds_nothing(
 
 async def test_wrong_certificates_leave_the_address_alone(authority: Authority) -> None:
     """They are looked at by the call, before anything is bound."""
-    with bound(reuse=None) as sock:
-        port = sock.getsockname()[1]
+    port = unused_port()
     for tls, name in (
         ({"key": "no PEM", "cert": authority.server_options["cert"]}, "tls.key"),
         ({**authority.server_options, "cert": b""}, "tls.cert"),

@@ -19,7 +19,7 @@ import pytest
 import uvloop
 
 import uvsock
-from conftest import Authority, open_descriptors, run_python, without_slowness
+from conftest import Authority, open_descriptors, run_python, unused_port, without_slowness
 
 
 def ignore(socket: uvsock.Socket[Any], *arguments: Any) -> None:
@@ -216,10 +216,8 @@ def test_a_connection_that_cannot_be_made_does_not_keep_it() -> None:
     told: list[str] = []
 
     async def main() -> Any:
-        with stdlib.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
         table = {"data": ignore, "connect_error": lambda s, error: told.append("refused")}
-        task = asyncio.create_task(uvsock.connect(table, "127.0.0.1", port))
+        task = asyncio.create_task(uvsock.connect(table, "127.0.0.1", unused_port()))
         task.add_done_callback(lambda task: task.exception())
         await asyncio.sleep(0)
         return task

@@ -23,7 +23,7 @@ import pytest
 import uvloop
 
 import uvsock
-from conftest import SERVER_NAME, Authority, Wire, run_python, soon, until
+from conftest import SERVER_NAME, Authority, Wire, run_python, soon, until, unused_port
 
 LOOPS = {"uvsock": uvsock.new_event_loop, "asyncio": asyncio.SelectorEventLoop}
 uvsock_only = pytest.mark.asyncio(loop_factories=["uvsock"])
@@ -1385,8 +1385,7 @@ async def test_arguments_are_asyncios(tcp_net: Net) -> None:
 
 
 async def test_a_refused_connection_names_the_address(tcp_net: Net) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
+    port = unused_port()
     with pytest.raises(ConnectionRefusedError, match=rf"Connect call failed .*{port}"):
         await tcp_net.loop.create_connection(Recorder, "127.0.0.1", port)
 
