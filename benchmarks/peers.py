@@ -297,6 +297,13 @@ PEERS = (
     Peer(
         "uvsock-protocol", "uvsock.Loop, Protocol", _asyncio("uvsock", "protocol"), _option, _named
     ),
+    Peer(
+        "uvsock-loop-streams",
+        "uvsock.Loop, asyncio's streams",
+        _asyncio("uvsock", "asyncio-streams"),
+        _option,
+        _named,
+    ),
     Peer("uvloop-app", "on uvloop", _app("uvloop"), _option, _named),
     Peer(
         "uvsock-app", "on uvsock.Loop", _python("app_server", "--loop", "uvsock"), _option, _named

@@ -38,6 +38,7 @@ COMPILED = "uvsock-compiled"
 DROP_IN = {
     "uvsock-streams": "uvloop-streams",
     "uvsock-protocol": "uvloop",
+    "uvsock-loop-streams": "uvloop-streams",
     "uvsock-app": "uvloop-app",
 }
 

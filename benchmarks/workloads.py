@@ -111,6 +111,9 @@ def _bulk(direction: str, *, tls: bool = False, quick: bool = False) -> Workload
     )
 
 
+STREAMS = ("uvsock-streams", "uvsock-loop-streams", "uvloop-streams", "asyncio-streams")
+
+
 def _streams(method: str, depth: int, *, quick: bool = False) -> Workload:
     return Workload(
         f"streams_{method}-{depth}",
@@ -119,7 +122,7 @@ def _streams(method: str, depth: int, *, quick: bool = False) -> Workload:
         "echo",
         {"size": 64, "depth": depth, "connections": 50},
         quick=quick,
-        peers=("uvsock-streams", "uvloop-streams", "asyncio-streams"),
+        peers=STREAMS,
     )
 
 
@@ -212,6 +215,9 @@ WORKLOADS = (
         _streams(method, depth, quick=method == "readline")
         for method in ("readline", "readexactly")
         for depth in (1, 16)
+    ),
+    replace(
+        CHURN, name="streams_churn", title=f"{CHURN.title}; streams", peers=STREAMS, quick=False
     ),
     _frames("lines", "Lines", quick=True),
     _frames("length_prefixed", "Frames behind their length"),

@@ -371,9 +371,9 @@ async def main(arguments: argparse.Namespace) -> None:
     server: Any
     if arguments.behaviour == "redis":
         Redis.example = control.example("redis_server")
-    if arguments.style == "streams":
+    if arguments.style in {"streams", "asyncio-streams"}:
         start: Callable[..., Any] = asyncio.start_server
-        if arguments.loop == "uvsock":
+        if arguments.loop == "uvsock" and arguments.style == "streams":
             import uvsock
 
             start = uvsock.start_server
@@ -398,9 +398,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("behaviour", choices=PROTOCOLS)
     parser.add_argument("--loop", choices=LOOPS, required=True)
-    parser.add_argument(
-        "--style", choices=["protocol", "joined", "buffered", "streams"], required=True
-    )
+    # On uvsock's loop streams are uvsock's, asyncio-streams those of the standard library.
+    styles = ["protocol", "joined", "buffered", "streams", "asyncio-streams"]
+    parser.add_argument("--style", choices=styles, required=True)
     parser.add_argument("--tls")
     given = parser.parse_args()
     if given.loop == "asyncio":
