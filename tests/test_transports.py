@@ -507,6 +507,41 @@ async def test_what_is_only_held_back_does_not_pause(net: Net) -> None:
     await until(lambda: len(server.received) == 200)
 
 
+@uvsock_only
+async def test_a_slow_reader_takes_one_watch_of_its_descriptor(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as the protocol goes on writing when it may: a new one takes four system calls."""
+    watched: list[int] = []
+    pauses = 0
+    left = 20 * 2**20
+
+    def watch(descriptor: int, *arguments: Any) -> None:
+        watched.append(descriptor)
+        type(net.loop).add_writer(net.loop, descriptor, *arguments)
+
+    def pour(server: Recorder) -> None:
+        nonlocal left
+        while left and server.events[-1] != "pause":
+            server.transport.write(bytes(65536))
+            left -= 65536
+        if server.events[-1] != "pause":
+            server.transport.close()
+
+    def resume(server: Recorder) -> None:
+        nonlocal pauses
+        pauses += 1
+        pour(server)
+
+    monkeypatch.setattr(net.loop, "add_writer", watch)
+    client, server = await net.pair(server=lambda: Recorder(resume=resume))
+    pour(server)
+    await soon(client.lost, 20)
+    assert len(client.received) == 20 * 2**20
+    assert pauses > 1
+    assert len(watched) == 1
+
+
 async def test_pause_writing_that_raises_is_reported(
     plain_net: Net, loop_errors: list[dict[str, Any]]
 ) -> None:
@@ -1527,9 +1562,7 @@ async def test_serve_forever_ends_with_its_task(net: Net) -> None:
 @pytest.mark.skipif(sys.version_info < (3, 12, 1), reason="earlier it did not wait")
 async def test_wait_closed_waits_for_connections(net: Net) -> None:
     server = await net.serve(echo)
-    _, client = await net.connect(Recorder)
-    client.transport.write(b"x")
-    await until(lambda: client.received == b"x")
+    client = await connected_to_echo(net)
     server.close()
     waiting = asyncio.ensure_future(server.wait_closed())
     await asyncio.sleep(0.02)
@@ -1538,17 +1571,60 @@ async def test_wait_closed_waits_for_connections(net: Net) -> None:
     await soon(waiting)
 
 
+async def connected_to_echo(net: Net) -> Any:
+    """A client that the server has answered."""
+    _, client = await net.connect(Recorder)
+    client.transport.write(b"x")
+    await until(lambda: client.received == b"x")
+    return client
+
+
+@uvsock_only
+@pytest.mark.skipif(sys.version_info < (3, 12, 1), reason="earlier it did not wait")
+async def test_wait_closed_waits_for_the_last_connection(net: Net) -> None:
+    """Also where there was none for a while, and where the factory has failed for one."""
+    broken = False
+
+    def factory() -> Recorder:
+        if broken:
+            raise SyntaxError("no protocol")
+        return echo()
+
+    server = await net.serve(factory)
+    first = await connected_to_echo(net)
+    first.transport.close()
+    await soon(first.lost)
+
+    told: list[Any] = []
+    net.loop.set_exception_handler(lambda loop, context: told.append(context["exception"]))
+    broken = True
+    with net.dial():
+        await until(lambda: told)
+    broken = False
+    net.loop.set_exception_handler(None)
+    assert type(told[0]) is SyntaxError
+
+    clients = [await connected_to_echo(net) for _ in range(3)]
+    server.close()
+    waiting = asyncio.ensure_future(server.wait_closed())
+    for client in clients:
+        await asyncio.sleep(0.02)
+        assert not waiting.done()
+        client.transport.close()
+        await soon(client.lost)
+    await soon(waiting)
+
+
 @pytest.mark.skipif(sys.version_info < (3, 13), reason="new in Python 3.13")
 @pytest.mark.parametrize("how", ["close_clients", "abort_clients"])
 async def test_a_server_ends_its_connections(net: Net, how: str) -> None:
     server: Any = await net.serve(echo)
-    _, client = await net.connect(Recorder)
-    client.transport.write(b"x")
-    await until(lambda: client.received == b"x")
+    clients = [await connected_to_echo(net) for _ in range(3)]
     server.close()
     getattr(server, how)()
     await soon(server.wait_closed())
-    await soon(client.lost)
+    for client in clients:
+        await soon(client.lost)
 
 
 @uvsock_only

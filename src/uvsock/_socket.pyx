@@ -1121,7 +1121,7 @@ cdef class Socket(Stream):
                 return self.tls.sslobj.getpeercert()
         if self.transport is None or (self.fd < 0 and not self.tcp):
             return default
-        return self.transport.get_extra_info(name, default)
+        return self.transport_info(name, default)
 
     # ── TLS ────────────────────────────────────────────────────────────────────────────────────
 

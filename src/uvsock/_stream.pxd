@@ -57,6 +57,7 @@ cdef class LoopState:
     cpdef int release(self) except -1
     cdef int _wrong_thread(self) except -1
     cdef int add_dirty(self, Stream stream) except -1
+    cdef int schedule_flush(self) except -1
     cdef bint defer_flush(self) noexcept
     cdef BufferSink take_sink(self)
     cdef void give_sink(self, BufferSink sink)
@@ -235,6 +236,7 @@ cdef class Stream:
     cdef int arm_writer(self) except -1
     cdef void _disarm_writer(self)
     cdef int wake_writers(self) except -1
+    cdef int on_writable(self) except -1
     @cython.final
     cdef int check_drain(self) except -1
 
@@ -260,6 +262,7 @@ cdef class Stream:
     cdef int _tls_failed(self, object error) except -1
     cdef int begin_closed(self) except -1
     cdef int end_closed(self) except -1
+    cdef object transport_info(self, object name, object default)
 
     # Time
     cdef Deadlines deadlines(self)

@@ -2,6 +2,7 @@ import asyncio
 import contextvars
 import ssl
 import sys
+import weakref
 from typing import Any, final
 
 from typing_extensions import disjoint_base
@@ -35,6 +36,11 @@ class LoopState:
     def idle(self) -> asyncio.Future[None]: ...
 
 def state_of(loop: asyncio.AbstractEventLoop) -> LoopState: ...
+
+class TransportTable(weakref.WeakValueDictionary[int, asyncio.BaseTransport]):
+    def __setitem__(self, fd: int, transport: asyncio.BaseTransport) -> None: ...
+
+def watch_transports(loop: asyncio.AbstractEventLoop) -> bool: ...
 
 @disjoint_base
 class StreamGroup:

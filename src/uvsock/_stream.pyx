@@ -1,9 +1,12 @@
 """The socket core on uvloop's transports: reading, writing, TLS, flow control, closing."""
 
 import asyncio
+import gc
 import os
+import socket
 import ssl
 import threading
+import weakref
 
 import uvloop
 
@@ -12,6 +15,7 @@ from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytearray cimport PyByteArray_FromStringAndSize
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.memoryview cimport PyMemoryView_FromObject
+from cpython.weakref cimport PyWeakref_NewRef
 from libc.errno cimport EAGAIN, EINTR, ENOBUFS, EPIPE, EPROTOTYPE, ETIMEDOUT, errno
 from libc.math cimport INFINITY
 from libc.stdlib cimport free, malloc
@@ -86,6 +90,9 @@ cdef bint END_MAY_BE_RESET = uvloop.__version__.startswith("0.22.")
 
 cdef object SSLError = ssl.SSLError
 cdef object TCPTransport = uvloop.loop.TCPTransport
+cdef object PseudoSocket = uvloop.loop.PseudoSocket
+# As a function: a third of the steps of the method.
+cdef object get_protocol = uvloop.loop.UVBaseTransport.get_protocol
 
 
 cdef double now() noexcept:
@@ -173,11 +180,16 @@ cdef class LoopState:
         return waiter
 
     cdef int add_dirty(self, Stream stream) except -1:
+        self.schedule_flush()
+        stream.dirty = True
+        self._dirty.append(stream)
+        return 0
+
+    cdef int schedule_flush(self) except -1:
+        """Send what is held when all that is scheduled so far has run."""
         if not self._flush_scheduled:
             self.loop.call_soon(self._flush_callback)  # raises on a closed loop
             self._flush_scheduled = True
-        stream.dirty = True
-        self._dirty.append(stream)
         return 0
 
     cdef bint defer_flush(self) noexcept:
@@ -231,12 +243,46 @@ def state_of(loop):
     if found is None:
         state = LoopState(loop)
         loop._uvsock_state = state
+        watch_transports(loop)
         return state
     state = found
     if not state.listeners and not state.groups:
         # A loop that runs again in another thread.
         state.thread = threading.get_ident()
     return state
+
+
+class TransportTable(weakref.WeakValueDictionary):
+    """uvloop's table of a loop's transports by descriptor, with less to do per connection.
+
+    In it uvloop enters each transport before ``connection_made``, so here a stream learns its
+    descriptor; to ask the transport for it takes a system call, and an object that stays.
+    """
+
+    __slots__ = ()
+
+    def __setitem__(self, fd, transport):
+        # Without a callback that takes it out, which costs a quarter of a connection. What is dead
+        # stays until the number is used again, and all readers of the table look whether it is.
+        cdef dict transports = self.data
+        transports[fd] = PyWeakref_NewRef(transport, None)
+        protocol = get_protocol(transport)
+        if isinstance(protocol, Stream):
+            (<Stream>protocol).fd = fd
+
+
+def watch_transports(loop):
+    """Have the loop's table of transports be a ``TransportTable``; True if it is.
+
+    Nothing but speed depends on it. A uvloop that is not known to enter descriptors is left alone.
+    """
+    if not uvloop.__version__.startswith(("0.22.", "0.23.")):
+        return False
+    found = [item for item in gc.get_referents(loop) if type(item) is weakref.WeakValueDictionary]
+    if len(found) != 1:
+        return False
+    found[0].__class__ = TransportTable
+    return True
 
 
 cdef class StreamGroup:
@@ -359,7 +405,8 @@ cdef class Stream:
             transport.abort()
             return
         self.transport = transport
-        self.fd = transport.get_extra_info("socket").fileno()
+        if self.fd < 0:  # no TransportTable
+            self.fd = transport.get_extra_info("socket").fileno()
         self.tcp = isinstance(transport, TCPTransport)
         self.group.add(self)
         self.turn += 1
@@ -1205,13 +1252,19 @@ cdef class Stream:
         self.turn += 1
         try:
             self.flush_now()
-            if not self.blocked:
-                self.wake_writers()
-                self.check_drain()
+            self.on_writable()
         finally:
             self.leave_turn()
+        # Not before: who is told that there is room writes, and often as much as the kernel takes.
         if not self.blocked:
             self._disarm_writer()
+
+    cdef int on_writable(self) except -1:
+        """Some or all of what was held has left."""
+        if not self.blocked:
+            self.wake_writers()
+            self.check_drain()
+        return 0
 
     cdef int check_drain(self) except -1:
         """Give the drain event that a short write is owed, if everything has left."""
@@ -1369,7 +1422,7 @@ cdef class Stream:
     cdef int drop_transport(self) except -1:
         """Have uvloop close the descriptor; connection_lost follows."""
         if self.transport is not None:
-            self.transport.abort()  # its own buffer is always empty
+            self.transport.close()  # its own buffer is always empty, so this is at once
         return 0
 
     cdef double linger(self) noexcept:
@@ -1425,6 +1478,17 @@ cdef class Stream:
         """The last event is over: nothing refers to the stream from here on."""
         self.group.forget(self)
         return self.wake_writers()
+
+    cdef object transport_info(self, object name, object default):
+        """What uvloop's transport knows; as asyncio's it has a socket also when it is closed."""
+        found = self.transport.get_extra_info(name, default)
+        if found is None and name == "socket":
+            family = socket.AF_UNIX
+            if self.tcp:
+                long_name = len(self.transport.get_extra_info("peername") or ()) == 4
+                family = socket.AF_INET6 if long_name else socket.AF_INET
+            return PseudoSocket(family, socket.SOCK_STREAM, 0, -1)
+        return found
 
     # ── Time ───────────────────────────────────────────────────────────────────────────────────
 

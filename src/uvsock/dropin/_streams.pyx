@@ -912,6 +912,9 @@ cdef class StreamProtocol(CompiledProtocol):
         if asyncio.iscoroutine(started):
             self._task = self._loop.create_task(started)
             self._task.add_done_callback(self._task_done)
+            if isinstance(transport, Transport):
+                # For what the task writes at once: scheduled later, it takes an iteration more.
+                (<Transport>transport).state.schedule_flush()
         self._strong_reader = None
 
     def _task_done(self, task):

@@ -12,8 +12,10 @@ cdef class CompiledProtocol:
 
 cdef class TransportGroup(StreamGroup):
     # What the transports of one server, or one connection, share.
+    cdef object __weakref__
     cdef object protocol_factory
     cdef object server                  # asyncio's, or None
+    cdef bint attached                  # counted by the server
 
 
 cdef class Transport(Stream):
@@ -31,7 +33,7 @@ cdef class Transport(Stream):
     cdef double handshake_timeout       # seconds
     cdef double shutdown_timeout        # seconds that a TLS peer has to end its side too
     cdef bint writing_paused
-    cdef bint attached                  # counted by the server
+    cdef bint faced                     # uvloop reads into a buffer, by a BufferedFace
     # buffer_updated() of the protocol whose own buffer the running read goes to, else None.
     cdef object lender
     cdef bint lending                   # get_buffer() runs, within uvloop's read

@@ -19,6 +19,17 @@ from uvsock._stream cimport (
     CLOSING, ENDING, ESTABLISHED, LEAVING, ReadBuffer, Stream, StreamGroup, shut_both,
 )
 
+cdef extern from *:
+    """
+    /* The interpreter makes another with the first attribute that is set. */
+    static void drop_dict(PyObject *object) {
+        PyObject **found = _PyObject_GetDictPtr(object);
+        if (found != NULL)
+            Py_CLEAR(*found);
+    }
+    """
+    void drop_dict(object)
+
 cdef enum:
     # asyncio's own defaults (asyncio.constants.FLOW_CONTROL_HIGH_WATER_MARK_SSL_WRITE aside).
     UVS_HIGH_WATER = 65536
@@ -32,10 +43,14 @@ cdef enum:
 cdef double UVS_TLS_HANDSHAKE = 60.0
 cdef double UVS_TLS_SHUTDOWN = 30.0
 
+cdef frozenset ABOUT_TLS = frozenset({
+    "ssl_object", "sslcontext", "peercert", "cipher", "compression",
+})
+cdef object Protocol = asyncio.Protocol
 cdef tuple ENDING_THE_RUN = (KeyboardInterrupt, SystemExit)
 
 # Up to Python 3.12 a server counts its connections, from 3.13 on it knows them.
-cdef bint SERVER_KNOWS_TRANSPORTS = (
+cdef bint SERVER_KNOWS_CLIENTS = (
     "transport" in inspect.signature(asyncio.base_events.Server._attach).parameters
 )
 
@@ -129,8 +144,41 @@ cdef class TransportGroup(StreamGroup):
         self.keep_alive = -1.0
         self.idle_timeout = 0.0
 
+    # For asyncio's server the group is one client: it is told of the first connection and of the
+    # last, not of each, which would take a call or two of Python's for every one.
+
+    cdef int add(self, Stream stream) except -1:
+        if self.server is not None and not self.attached and not self.stopped:
+            self.attached = True
+            if SERVER_KNOWS_CLIENTS:
+                self.server._attach(self)
+            else:
+                self.server._attach()
+        return StreamGroup.add(self, stream)
+
+    cdef int forget(self, Stream stream) except -1:
+        StreamGroup.forget(self, stream)
+        if self.attached and self._alive == 0:
+            self.attached = False
+            if SERVER_KNOWS_CLIENTS:
+                self.server._detach(self)
+            else:
+                self.server._detach()
+        return 0
+
+    def close(self):
+        """Close the connections: ``Server.close_clients``."""
+        for transport in self.sockets.copy():
+            transport.close()
+
+    def abort(self):
+        """Close the connections at once: ``Server.abort_clients``."""
+        for transport in self.sockets.copy():
+            transport.abort()
+
     def __call__(self):
         cdef Transport transport = Transport.__new__(Transport)
+        drop_dict(transport)  # Cython makes one for each, of 64 bytes
         transport.group = self
         transport.state = self.state
         transport.unreferenced = True
@@ -191,8 +239,6 @@ cdef class Transport(Stream):
         cdef TransportGroup group = <TransportGroup>self.group
         if group.server is None:
             return 0
-        if group.server._sockets is None:
-            return self._enter(LEAVING)  # closed while the connection was being accepted
         try:
             self._use(group.protocol_factory())
         except BaseException as error:
@@ -204,12 +250,6 @@ cdef class Transport(Stream):
                     "message": "Error on transport creation for incoming connection",
                     "exception": error,
                 })
-            return 0
-        self.attached = True
-        if SERVER_KNOWS_TRANSPORTS:
-            group.server._attach(self)
-        else:
-            group.server._attach()
         return 0
 
     cdef int on_open(self) except -1:
@@ -263,7 +303,7 @@ cdef class Transport(Stream):
         self.protocol = protocol
         self.compiled = protocol if isinstance(protocol, CompiledProtocol) else None
         # By what it has, not by its base class: programs derive from BaseProtocol only.
-        if hasattr(protocol, "get_buffer") and not isinstance(protocol, asyncio.Protocol):
+        if not isinstance(protocol, Protocol) and hasattr(protocol, "get_buffer"):
             self.get_buffer = protocol.get_buffer
             self.buffer_updated = protocol.buffer_updated
         else:
@@ -276,8 +316,10 @@ cdef class Transport(Stream):
             return self._settle_later()
         if self.get_buffer is not None or (self.compiled is not None and self.much):
             self.transport.set_protocol(BufferedFace(self))
-        elif self.transport.get_protocol() is not self:
+            self.faced = True
+        elif self.faced:
             self.transport.set_protocol(self)
+            self.faced = False
         return 0
 
     def get_protocol(self):
@@ -579,13 +621,14 @@ cdef class Transport(Stream):
             self.leave_turn()
         return 0
 
-    def _writable(self):
-        Stream._writable(self)
+    cdef int on_writable(self) except -1:
+        Stream.on_writable(self)
         if (
             self.writing_paused and self.pending() <= self.low
             and not self.broken and self.phase < LEAVING
         ):
-            self._resume_writing()
+            return self._resume_writing()
+        return 0
 
     # ── Sending files ──────────────────────────────────────────────────────────────────────────
 
@@ -705,15 +748,9 @@ cdef class Transport(Stream):
 
     cdef int end_closed(self) except -1:
         Stream.end_closed(self)
-        self._opened(self.error if self.error is not None else ConnectionResetError(
-            "the connection was closed before it was ready"))
-        if self.attached:
-            self.attached = False
-            server = (<TransportGroup>self.group).server
-            if SERVER_KNOWS_TRANSPORTS:
-                server._detach(self)
-            else:
-                server._detach()
+        if self.opening is not None:
+            self._opened(self.error if self.error is not None else ConnectionResetError(
+                "the connection was closed before it was ready"))
         # Nothing of the program's is kept alive by a transport that somebody forgot to drop.
         self.protocol = self.get_buffer = self.buffer_updated = None
         self.compiled = self.lender = None
@@ -748,7 +785,10 @@ cdef class Transport(Stream):
                 ``ssl_object``, ``peercert``, ``cipher``, ``compression``.
             default: returned where it is not known.
         """
-        if self.tls is not None:
+        if self.tls is None:
+            if name in ABOUT_TLS:
+                return default  # uvloop would look for it in two classes
+        else:
             if name == "socket" and self.phase >= LEAVING:
                 return default
             session = self.tls.sslobj
@@ -766,7 +806,7 @@ cdef class Transport(Stream):
         if self.transport is None:
             return default
         try:
-            return self.transport.get_extra_info(name, default)
+            return self.transport_info(name, default)
         except (AttributeError, OSError):
             return default  # closed, and uvloop had not been asked before
 

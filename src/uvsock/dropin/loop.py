@@ -59,8 +59,8 @@ class Loop(uvloop.Loop):
 
     def __init__(self) -> None:
         super().__init__()
-        # Of the listening sockets: uvloop's servers, and the inodes of the files to remove.
-        self._serving: dict[socket.socket, asyncio.AbstractServer] = {}
+        # Of the listening sockets: what accepts, and the inodes of the files to remove.
+        self._serving: dict[socket.socket, tuple[TransportGroup, asyncio.AbstractServer]] = {}
         self._unix_server_sockets: dict[socket.socket, int] = {}
 
     @property
@@ -146,7 +146,7 @@ class Loop(uvloop.Loop):
             handshake_timeout=ssl_handshake_timeout,
             shutdown_timeout=ssl_shutdown_timeout,
         )
-        self._serving[sock] = serve(self, group, sock, backlog)
+        self._serving[sock] = group, serve(self, group, sock, backlog)
 
     def _stop_serving(self, sock: socket.socket) -> None:
         inode = self._unix_server_sockets.pop(sock, None)
@@ -155,7 +155,9 @@ class Loop(uvloop.Loop):
         if serving is None:
             sock.close()  # bound, and never served
         else:
-            serving.close()
+            group, server = serving
+            group.stopped = True
+            server.close()
         if path is not None:
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(path).st_ino == inode:

@@ -14,8 +14,8 @@ LIMIT = 65536
 Connected = Callable[[StreamReader, StreamWriter], Awaitable[None] | None]
 
 
-def _reader(limit: int, framing: Framer | None) -> StreamReader:
-    reader = StreamReader(limit, asyncio.get_running_loop())
+def _reader(limit: int, framing: Framer | None, loop: asyncio.AbstractEventLoop) -> StreamReader:
+    reader = StreamReader(limit, loop)
     if framing is not None:
         reader.set_framing(framing)
     return reader
@@ -26,7 +26,7 @@ def _factory(
 ) -> Callable[[], StreamProtocol]:
     loop = asyncio.get_running_loop()
     as_framer(framing)  # here, and not for each connection, it can be told to the caller
-    return lambda: StreamProtocol(_reader(limit, framing), client_connected_cb, loop)
+    return lambda: StreamProtocol(_reader(limit, framing, loop), client_connected_cb, loop)
 
 
 async def open_connection(
@@ -50,7 +50,7 @@ async def open_connection(
         A ``StreamReader`` and a ``StreamWriter``.
     """
     loop = asyncio.get_running_loop()
-    reader = _reader(limit, framing)
+    reader = _reader(limit, framing, loop)
     protocol = StreamProtocol(reader, None, loop)
     transport, _ = await loop.create_connection(lambda: protocol, host, port, **kwds)
     return reader, StreamWriter(transport, protocol, reader, loop)
@@ -99,7 +99,7 @@ async def open_unix_connection(
         A ``StreamReader`` and a ``StreamWriter``.
     """
     loop = asyncio.get_running_loop()
-    reader = _reader(limit, framing)
+    reader = _reader(limit, framing, loop)
     protocol = StreamProtocol(reader, None, loop)
     transport, _ = await loop.create_unix_connection(lambda: protocol, path, **kwds)
     return reader, StreamWriter(transport, protocol, reader, loop)
