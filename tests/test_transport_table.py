@@ -88,17 +88,16 @@ async def test_nobody_else_may_watch_the_descriptor_of_a_connection(wire: Wire) 
 async def test_a_transport_that_is_closed_is_not_kept(tcp_wire: Wire) -> None:
     listener = await tcp_wire.listen({"data": ignore})
     entered = table(asyncio.get_running_loop())
-    for _ in range(20):
-        socket = await tcp_wire.connect(listener, {"data": ignore})
-        descriptor = socket.fileno()
-        assert entered.get(descriptor) is not None
-        socket.end()
-        await soon(socket.wait_closed())
-        del socket
-        await asyncio.sleep(0)
-        assert entered.get(descriptor) is None
-    await until(lambda: not listener.sockets)
-    assert len(entered) < 10  # a dead reference per number, not per connection
+    socket = await tcp_wire.connect(listener, {"data": ignore})
+    descriptor = socket.fileno()
+    transport = weakref.ref(entered[descriptor])
+    assert transport() is not None
+    socket.end()
+    await soon(socket.wait_closed())
+    with pytest.raises(KeyError):
+        entered[descriptor]
+    del socket
+    await until(lambda: transport() is None)
     listener.stop()
 
 
@@ -151,13 +150,31 @@ def test_the_protocols_of_others_are_left_alone() -> None:
             reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
             transport = await soon(made)
             descriptor = transport.get_extra_info("socket").fileno()
-            assert table(loop)[descriptor] is transport
+            entered = table(loop)
+            assert entered[descriptor] is transport
+            with pytest.raises(RuntimeError, match="is used by transport"):
+                loop.add_reader(descriptor, ignore)
             transport.write(b"from uvloop")
             transport.close()
             assert await soon(reader.read()) == b"from uvloop"
             writer.close()
             await writer.wait_closed()
             server.close()
+
+            # One number, with one of uvsock's and one of uvloop's by turns.
+            socket = await uvsock.connect({"data": ignore}, "127.0.0.1", listener.port)
+            used = {descriptor, socket.fileno()}
+            assert entered[socket.fileno()] is not transport
+            socket.end()
+            await soon(socket.wait_closed())
+            await until(lambda: not listener.sockets)
+            reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+            descriptor = writer.get_extra_info("socket").fileno()
+            assert descriptor in used
+            assert entered[descriptor] is writer.transport
+            writer.close()
+            await writer.wait_closed()
+            await until(lambda: not listener.sockets)
             assert type(table(loop)) is TransportTable
             assert not listener.sockets
 

@@ -36,6 +36,7 @@ cdef class ReadBuffer:
 cdef class LoopState:
     # One per event loop. Streams hold it; it holds their groups only while they have streams.
     cdef readonly object loop
+    cdef list transports        # uvloop's of open streams, by descriptor; None: not known
     cdef unsigned long thread
     cdef readonly Py_ssize_t held
     cdef list _idle_waiters
@@ -59,6 +60,7 @@ cdef class LoopState:
     cdef int add_dirty(self, Stream stream) except -1
     cdef int schedule_flush(self) except -1
     cdef bint defer_flush(self) noexcept
+    cdef int forget_transport(self, int fd) except -1
     cdef BufferSink take_sink(self)
     cdef void give_sink(self, BufferSink sink)
 
@@ -110,7 +112,8 @@ cdef class Stream:
     cdef int fd                  # the transport's, -1 once it may be closed
     cdef int writer_fd           # our duplicate, watched while the kernel is full; else -1
 
-    cdef Phase phase
+    # An idle connection is mostly this: 16 bytes more take it to the next size of malloc's.
+    cdef unsigned char phase              # a Phase
     cdef unsigned char opened             # the open event was given, so a close event is due
     cdef unsigned char tcp                # else a Unix socket
     cdef unsigned char transport_paused
@@ -135,8 +138,8 @@ cdef class Stream:
     cdef unsigned char dropped         # accepted bytes were
     cdef unsigned char cut_off         # the peer ended TLS without close_notify
 
-    cdef int turn                # > 0 inside an event: corked writes are held until it ends
-    cdef int corks               # > 0 inside `with cork()`
+    cdef short turn              # > 0 inside an event: corked writes are held until it ends
+    cdef short corks             # > 0 inside `with cork()`
     cdef int place               # in the group's `sockets`, else -1
 
     # Bytes for the kernel: plain ones, or ciphertext when there is a TLS layer. None when empty.
@@ -145,7 +148,6 @@ cdef class Stream:
     cdef bytes lone
     # Plain text not yet encrypted. None when empty.
     cdef BufferSink plain
-    cdef Py_ssize_t wire_plain   # plain text that the bytes in `wire` stand for (TLS)
     cdef TLSLayer tls
     # Received while paused or busy, not yet looked at. None when empty.
     cdef list stash

@@ -14,6 +14,7 @@ cdef class TLSLayer:
     cdef bint peer_closed         # the peer's close_notify was read
     cdef bint notified            # our close_notify was written
     cdef bint _output             # OpenSSL may have written something since the last `take`
+    cdef Py_ssize_t wire_plain    # plain text that the bytes in the stream's `wire` stand for
     # The records that have come in whole and were not read; may be too high, never too low.
     cdef Py_ssize_t _records
     cdef Py_ssize_t _missing      # bytes of the record that is coming in
