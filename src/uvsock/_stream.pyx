@@ -1279,7 +1279,12 @@ cdef class Stream:
             self.on_writable()
         finally:
             self.leave_turn()
-        # Not before: who is told that there is room writes, and often as much as the kernel takes.
+        if not self.blocked:
+            # After the tasks that wait for this: they write on, often as much as the kernel takes,
+            # and to watch it anew takes four system calls.
+            self.state.loop.call_soon(self._rest_writer)
+
+    def _rest_writer(self):
         if not self.blocked:
             self._disarm_writer()
 
