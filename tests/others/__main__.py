@@ -170,7 +170,7 @@ def run(suite: Suite, loop: str, listed: list[Entry], words: list[str]) -> Outco
 
 def read(report: Path) -> dict[str, tuple[str, str]]:
     """What each test came to: a failure in any of its parts is one of the test."""
-    rank = ("left out", "started", "skipped", "passed", "failed")
+    rank = ("not chosen", "left out", "started", "skipped", "passed", "failed")
     tests: dict[str, tuple[str, str]] = {}
     for line in report.read_text().splitlines() if report.exists() else ():
         each = json.loads(line)
@@ -194,10 +194,14 @@ def problems(outcome: Outcome, listed: list[Entry], *, whole: bool) -> Iterator[
         if not any(matches(pattern, test) for pattern, _ in expected):
             yield f"{test} failed: {why}"
     for pattern, reason in expected:
-        found = [test for test in outcome.tests if matches(pattern, test)]
-        for test in found:
-            if outcome.tests[test][0] != "failed":
-                yield f"{test} {outcome.tests[test][0]}, and is expected to fail: {reason}"
+        found = {
+            test: what
+            for test, (what, _) in outcome.tests.items()
+            if what != "not chosen" and matches(pattern, test)
+        }
+        for test, what in found.items():
+            if what != "failed":
+                yield f"{test} {what}, and is expected to fail: {reason}"
         if whole and not found:
             yield f"{pattern} is expected to fail, and is no test"
     used = set(outcome.of("left out").values())
@@ -210,7 +214,8 @@ def problems(outcome: Outcome, listed: list[Entry], *, whole: bool) -> Iterator[
 def show(suite: Suite, loop: str, outcome: Outcome, listed: list[Entry]) -> None:
     count = Counter(what for what, _ in outcome.tests.values())
     counts = ", ".join(
-        f"{count[what]} {what}" for what in ("passed", "failed", "skipped", "left out")
+        f"{count[what]} {what}"
+        for what in ("passed", "failed", "skipped", "left out", "not chosen")
     )
     print(f"{suite.name} on {loop}, Python {PYTHON}: {counts} ({outcome.seconds:.0f} s)")
     reasons = {pattern: each.reason for each in listed for pattern in each.tests}
@@ -219,6 +224,11 @@ def show(suite: Suite, loop: str, outcome: Outcome, listed: list[Entry]) -> None
         not_run.setdefault(f"skipped by the suite: {why}", []).append(test)
     for test, pattern in outcome.of("left out").items():
         not_run.setdefault(f"left out: {reasons[pattern]}", []).append(test)
+    # There are hundreds, so by class or file.
+    others = Counter(test.rpartition("::")[0] for test in outcome.of("not chosen"))
+    if others:
+        groups = [f"{group} ({number})" for group, number in sorted(others.items())]
+        not_run[f"not chosen: {suite.why or 'by the words given'}"] = groups
     for why, tests in not_run.items():
         print(f"  {why}", *tests, sep="\n    ")
 

@@ -137,6 +137,11 @@ class Others:
                     if hasattr(case, method):
                         setattr(case, method, lambda case: asyncio.new_event_loop())
 
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        """By pytest's own -k, or above."""
+        for item in items:
+            self.say(test=short(item.nodeid), outcome="not chosen", reason="")
+
     # --- a test -------------------------------------------------------------------------------
 
     def timed(self) -> Iterator[None]:

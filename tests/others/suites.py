@@ -15,9 +15,10 @@ class Suite:
     unpacked: tuple[str, ...]
     needs: tuple[str, ...]
     files: tuple[str, ...]
-    # How the chosen tests begin; none: all of the files.
+    # How the chosen tests begin; none: all of the files, but for what `options` choose.
     only: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    why: str = ""  # the others are not chosen
     # Its own file of settings for pytest.
     settings: str | None = None
     # Those without it are run by `make others` alone.
@@ -55,6 +56,7 @@ SUITES = (
             "test_streams.py::StreamTests*",
             "test_unix_events.py::TestFunctional*",
         ),
+        why="the same for other selectors and for Windows, or tests of parts of asyncio's own loop",
         ci=True,
     ),
     Suite(
@@ -65,6 +67,7 @@ SUITES = (
         (),
         ("test_streams.py",),
         only=("test_streams.py::StreamTests*",),
+        why="tests of parts of asyncio's own streams",
         ci=True,
     ),
     Suite(
@@ -82,7 +85,6 @@ SUITES = (
             "tests/test_regr1.py",
             "tests/test_dealloc.py",
         ),
-        # Not their twins, which are for asyncio's loop.
         only=(
             "test_aiohttp.py::Test_UV_AioHTTP*",
             "test_context.py::Test_UV_Context*",
@@ -92,6 +94,7 @@ SUITES = (
             "test_tcp.py::Test_UV_TCP*",
             "test_unix.py::Test_UV_Unix*",
         ),
+        why="their twins, which are for asyncio's loop",
         ci=True,
     ),
     Suite(
@@ -125,9 +128,9 @@ SUITES = (
         ("tests/test_sockets.py", "tests/streams/test_tls.py"),
         options=(
             *("-p", "no:asyncio"),
-            # The back end that takes the loop of the policy; TCP and Unix sockets over IPv4.
             *("-k", "asyncio and not (uvloop or eager or ipv6 or UDP or UNIXDatagram)"),
         ),
+        why="for other back ends and loops that are named, UDP, and IPv6, which a machine may lack",
         settings="pyproject.toml",
         ci=True,
     ),
@@ -153,6 +156,7 @@ SUITES = (
             "tests/test_ssl.py",
         ),
         options=("-p", "no:asyncio", "-k", "not (wsproto or h11 or zttp)"),
+        why="the same with other parsers of HTTP and WebSocket, which see nothing of the loop",
         settings="pyproject.toml",
         ci=True,
     ),
