@@ -46,6 +46,8 @@ class Peer:
 
     def server(self, workload: Workload, certificate: str | None) -> list[str]:
         command = [*self.command(), workload.behaviour]
+        if workload.environment:
+            command = ["env", *workload.environment, *command]
         if workload.tls:
             assert self.tls is not None
             assert certificate is not None

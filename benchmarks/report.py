@@ -228,7 +228,9 @@ def dropin(results: Results) -> str:
 
 def _program(workload: Workload, ours: str) -> str:
     """The workload, and which of uvsock's faces it is for where its own title does not say."""
-    streams = ours == "uvsock-streams" and not workload.title.startswith("Streams")
+    if ours == "uvsock-loop-streams":
+        return f"{workload.title}; asyncio's own"
+    streams = ours == "uvsock-streams" and "streams" not in workload.title.lower()
     return workload.title + "; streams" * streams
 
 

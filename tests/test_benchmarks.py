@@ -143,6 +143,7 @@ def test_a_run_writes_its_results_in_the_documented_shape(tmp_path: Path) -> Non
     [
         ("protocol_echo-1024-50", {"uvloop", "uvsock-protocol"}),
         ("protocol_tls_echo-1024-20", {"uvloop", "uvsock-protocol"}),
+        ("protocol_tls_echo_mmap-1024-20", {"uvloop", "uvsock-protocol"}),
         ("apps-aiohttp", {"uvloop-app", "uvsock-app"}),
         ("apps-uvicorn_tls", {"uvloop-app", "uvsock-app"}),
         ("apps-websockets", {"uvloop-app", "uvsock-app"}),
