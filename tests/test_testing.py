@@ -97,10 +97,21 @@ async def test_a_pair_may_have_certificates_of_the_caller() -> None:
 
 @on_all_wires
 async def test_an_accepted_socket_that_closes_at_once_is_told(where: dict[str, bool]) -> None:
-    closing = {"open": lambda socket: socket.terminate(), "data": lambda socket, data: None}
+    told: list[str] = []
+
+    def opened(socket: uvsock.Socket[Any]) -> None:
+        told.append("open")
+        socket.terminate()
+
+    closing = {
+        "open": opened,
+        "data": lambda socket, data: None,
+        "close": lambda socket, error: told.append("close"),
+    }
     with contextlib.suppress(OSError):  # or a pair whose sockets are closed already
         for socket in await soon(pair({"data": lambda socket, data: None}, closing, **where)):
             socket.terminate()
+    await until(lambda: told == ["open", "close"])
 
 
 async def test_a_side_that_refuses_the_other_leaves_nothing_open() -> None:

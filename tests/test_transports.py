@@ -7,6 +7,7 @@ better than asyncio's, or asked for by version.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import gc
 import os
@@ -269,6 +270,30 @@ async def test_addresses_are_known_after_close(tcp_net: Net) -> None:
     assert names == [client.transport.get_extra_info(name) for name in ("sockname", "peername")]
     assert client.transport.get_extra_info("socket").fileno() == -1
     await soon(server.lost)
+
+
+@pytest.mark.parametrize("family", ["IPv4", "IPv6", "Unix"])
+async def test_the_socket_of_a_closed_transport_that_nobody_asked_for(
+    family: str, tcp_net: Net
+) -> None:
+    loop = tcp_net.loop
+    if family == "Unix":
+        path = str(tcp_net.directory / "closed")
+        server = await loop.create_unix_server(echo, path)
+        transport, client = await loop.create_unix_connection(Recorder, path)
+    else:
+        host = {"IPv4": "127.0.0.1", "IPv6": "::1"}[family]
+        server = await loop.create_server(echo, host, 0)
+        port = server.sockets[0].getsockname()[1]
+        transport, client = await loop.create_connection(Recorder, host, port)
+    transport.close()
+    await soon(client.lost)
+    closed = transport.get_extra_info("socket")
+    assert closed.fileno() == -1
+    expected = {"IPv4": socket.AF_INET, "IPv6": socket.AF_INET6, "Unix": socket.AF_UNIX}
+    assert closed.family == expected[family]
+    server.close()
+    await soon(server.wait_closed())
 
 
 async def test_repr_tells_the_state(net: Net) -> None:
@@ -1172,13 +1197,25 @@ async def test_other_threads_are_told_and_harm_nobody(net: Net) -> None:
     await until(lambda: client.received == b"after")
 
 
+@uvsock_only
 async def test_a_server_closed_while_it_accepts(plain_net: Net) -> None:
-    server = await plain_net.serve(Recorder)
-    sock = plain_net.dial()
-    await asyncio.sleep(0)
-    server.close()
-    await asyncio.sleep(0.05)
-    sock.close()
+    """The connection ends, and the protocol is never made."""
+    made: list[Recorder] = []
+
+    def factory() -> Recorder:
+        made.append(Recorder())
+        return made[-1]
+
+    server = await plain_net.serve(factory)
+    with plain_net.dial() as sock:
+        await asyncio.sleep(0)  # it is accepted now, and connection_made() is still to come
+        server.close()
+        received = b""
+        with contextlib.suppress(ConnectionResetError):
+            received = await asyncio.to_thread(sock.recv, 1)
+    assert received == b""
+    assert made == []
+    await soon(server.wait_closed())
 
 
 @uvsock_only

@@ -289,23 +289,21 @@ class TransportTable(weakref.WeakValueDictionary):
 
 
 def watch_transports(LoopState state):
-    """Have the loop's table of transports be a ``TransportTable``; True if it is.
+    """Have the loop's table of transports be a ``TransportTable``, if it is known to be safe.
 
     Nothing but speed depends on it. A uvloop that is not known to enter descriptors, or to do more
     with the table, is left alone.
     """
     if not uvloop.__version__.startswith(("0.22.", "0.23.")):
-        return False
+        return
     found = [
         item for item in gc.get_referents(state.loop)
         if type(item) is weakref.WeakValueDictionary
     ]
-    if len(found) != 1:
-        return False
-    state.transports = []
-    found[0].state = state
-    found[0].__class__ = TransportTable
-    return True
+    if len(found) == 1:
+        state.transports = []
+        found[0].state = state
+        found[0].__class__ = TransportTable
 
 
 cdef class StreamGroup:

@@ -66,8 +66,6 @@ SUITES = (
         (),
         (),
         ("test_streams.py",),
-        only=("test_streams.py::StreamTests*",),
-        why="tests of parts of asyncio's own streams",
         ci=True,
     ),
     Suite(
