@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import gc
 import os
 import socket
@@ -450,6 +451,145 @@ async def test_writes_of_a_callback_leave_together(plain_net: Net) -> None:
         for _ in range(20):
             sock.sendall(b"?")
             assert await asyncio.to_thread(sock.recv, 100) == b"abcde"
+
+
+async def ping_pong(client: Recorder, server: Recorder, rounds: int) -> list[int]:
+    """Each in turn writes a byte, from this task: what was held after each write."""
+    held = []
+    for _ in range(rounds):
+        for writer, reader in ((client, server), (server, client)):
+            before = len(reader.received)
+            writer.transport.write(b"x")
+            held.append(writer.transport.get_write_buffer_size())
+            await until(lambda reader=reader, before=before: len(reader.received) > before)
+    return held
+
+
+@uvsock_only
+async def test_a_task_that_answers_once_is_not_kept_waiting(net: Net) -> None:
+    client, server = await net.pair()
+    held = await ping_pong(client, server, 30)
+    assert held[:10] == [1] * 10  # more may follow
+    assert held[-10:] == [0] * 10
+
+
+@uvsock_only
+async def test_two_writes_of_a_task_leave_together(plain_net: Net) -> None:
+    held = []
+
+    def answer(protocol: Recorder) -> None:
+        for part in (b"head", b"body"):
+            protocol.transport.write(part)
+            held.append(protocol.transport.get_write_buffer_size())
+
+    await plain_net.serve(
+        lambda: Recorder(data=lambda protocol, data: plain_net.loop.call_soon(answer, protocol))
+    )
+    with plain_net.dial() as sock:
+        for _ in range(40):
+            sock.sendall(b"?")
+            assert await asyncio.to_thread(sock.recv, 100) == b"headbody"
+    assert held == [4, 8] * 40
+
+
+@uvsock_only
+async def test_answers_to_many_leave_together(plain_net: Net) -> None:
+    """The system calls for one stand behind each other, which takes all of them less."""
+    held = []
+
+    def answer(protocol: Recorder) -> None:
+        protocol.transport.write(b"!")
+        held.append(protocol.transport.get_write_buffer_size())
+
+    await plain_net.serve(
+        lambda: Recorder(data=lambda protocol, data: plain_net.loop.call_soon(answer, protocol))
+    )
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(plain_net.dial()) for _ in range(8)]
+        for _ in range(40):
+            for sock in socks:
+                sock.sendall(b"?")
+            for sock in socks:
+                assert await asyncio.to_thread(sock.recv, 100) == b"!"
+    assert held == [1] * 320
+
+
+@uvsock_only
+async def test_what_follows_an_answer_that_has_left(net: Net) -> None:
+    client, server = await net.pair()
+    await ping_pong(client, server, 30)
+    client.received.clear()
+    server.transport.write(b"a")
+    assert server.transport.get_write_buffer_size() == 0
+    server.transport.write(b"b")
+    server.transport.writelines([b"c", b"", bytearray(b"d")])
+    assert server.transport.get_write_buffer_size() == 3
+    await until(lambda: client.received == b"abcd")
+    assert server.transport.get_write_buffer_size() == 0
+
+
+@uvsock_only
+async def test_writelines_is_one_answer(tcp_net: Net) -> None:
+    made: list[Recorder] = []
+
+    def answer(protocol: Recorder) -> None:
+        protocol.transport.writelines([b"a", b"b", b"c"])
+
+    def factory() -> Recorder:
+        made.append(Recorder(data=lambda p, data: tcp_net.loop.call_soon(answer, p)))
+        return made[-1]
+
+    await tcp_net.serve(factory)
+    with tcp_net.dial() as sock:
+        for _ in range(40):
+            sock.sendall(b"?")
+            assert await asyncio.to_thread(sock.recv, 100) == b"abc"
+        answer(made[0])  # to nothing
+        assert made[0].transport.get_write_buffer_size() == 3
+        assert await asyncio.to_thread(sock.recv, 100) == b"abc"
+        for _ in range(20):
+            sock.sendall(b"?")
+            assert await asyncio.to_thread(sock.recv, 100) == b"abc"
+
+
+@uvsock_only
+async def test_an_answer_to_a_peer_that_is_gone(plain_net: Net) -> None:
+    made: list[Recorder] = []
+
+    def answer(protocol: Recorder) -> None:
+        protocol.transport.write(b"!")
+
+    def factory() -> Recorder:
+        made.append(Recorder(data=lambda protocol, data: later(answer, protocol)))
+        return made[-1]
+
+    later = plain_net.loop.call_soon
+    await plain_net.serve(factory)
+    with plain_net.dial() as sock:
+        for _ in range(30):
+            sock.sendall(b"?")
+            assert await asyncio.to_thread(sock.recv, 100) == b"!"
+        later = functools.partial(plain_net.loop.call_later, 0.05)
+        sock.sendall(b"?")
+    await soon(made[0].lost)
+    await asyncio.sleep(0.06)  # that answer is dropped, as asyncio drops it
+    assert made[0].events.count("lost") == 1
+
+
+@uvsock_only
+async def test_closing_when_writing_is_paused(net: Net) -> None:
+    """Also where a task writes: all that was accepted arrives."""
+    client, server = await net.pair(lambda: Recorder(pause=lambda p: p.transport.close()))
+    await ping_pong(client, server, 30)
+    server.received.clear()
+    server.transport.pause_reading()
+    sent = 0
+    while not client.transport.is_closing():
+        client.transport.write(bytes(100_000))
+        sent += 100_000
+    server.transport.resume_reading()
+    await soon(server.lost)
+    assert len(server.received) == sent
 
 
 async def test_writes_outside_callbacks_leave_by_themselves(net: Net) -> None:

@@ -44,6 +44,8 @@ cdef class LoopState:
     cdef readonly set groups
     cdef list _dirty
     cdef Py_ssize_t held_outside          # how often bytes were held for a stream not in a turn
+    cdef Py_ssize_t reads                 # that no task has written an answer to
+    cdef int answered                     # of a few reads by one write each: how often in a row
     cdef bint _flush_scheduled
     cdef object _flush_callback
     cdef BufferSink _spare_sinks  # a chain: the first, which names the next
@@ -60,6 +62,7 @@ cdef class LoopState:
     cdef int add_dirty(self, Stream stream) except -1
     cdef int schedule_flush(self) except -1
     cdef bint defer_flush(self) noexcept
+    cdef bint sends_at_once(self, Stream stream) noexcept
     cdef int forget_transport(self, int fd) except -1
     cdef BufferSink take_sink(self)
     cdef void give_sink(self, BufferSink sink)

@@ -26,20 +26,23 @@ cdef class Transport(Stream):
     cdef object buffer_updated
     cdef bytes rest                     # received, and not taken by a BufferedProtocol that paused
     cdef CompiledProtocol compiled      # the protocol, if it is one
-    cdef bint much                      # a read has brought much at once
     cdef object opening                 # Future: connection_made has returned, or why not
     cdef Py_ssize_t high                # pause_writing above this many bytes held
     cdef Py_ssize_t low                 # resume_writing at this many or fewer
     cdef double handshake_timeout       # seconds
     cdef double shutdown_timeout        # seconds that a TLS peer has to end its side too
-    cdef bint writing_paused
-    cdef bint faced                     # uvloop reads into a buffer, by a BufferedFace
     # buffer_updated() of the protocol whose own buffer the running read goes to, else None.
     cdef object lender
-    cdef bint lending                   # get_buffer() runs, within uvloop's read
-    cdef bint failed                    # it could not be had: the read goes to nobody
+    cdef unsigned char lending          # get_buffer() runs, within uvloop's read
+    cdef unsigned char failed           # it could not be had: the read goes to nobody
+    cdef unsigned char much             # a read has brought much at once
+    cdef unsigned char faced            # uvloop reads into a buffer, by a BufferedFace
+    cdef unsigned char writing_paused
 
     cdef int write_from(self, const char* data, Py_ssize_t size, bytes owner) except -1
+    cdef int _write(self, const char* data, Py_ssize_t size, bytes owner) except -1
+    cdef bint _enter_write(self) except -1
+    cdef int _leave_write(self, bint at_once) except -1
     cdef int flush(self) except -1
     cdef int _use(self, object protocol) except -1
     cdef int _face(self) except -1

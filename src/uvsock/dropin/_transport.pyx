@@ -388,6 +388,7 @@ cdef class Transport(Stream):
         if self.phase > ENDING:
             return  # get_buffer() has closed the connection
         self.bytes_read += n
+        self.state.reads += 1
         self.turn += 1
         try:
             lender(n)
@@ -498,7 +499,7 @@ cdef class Transport(Stream):
 
     @cython.binding(False)
     def write(self, data):
-        """Send bytes, in order, when the running callback returns or the iteration ends.
+        """Send bytes, in order: when the running callback returns, or by the end of the iteration.
 
         Raises:
             TypeError: not a bytes-like object.
@@ -506,7 +507,7 @@ cdef class Transport(Stream):
         """
         cdef Py_buffer view
         if PyBytes_CheckExact(data):
-            self.write_from(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), data)
+            self._write(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), data)
             return
         if not PyObject_CheckBuffer(data):
             raise TypeError(
@@ -516,19 +517,48 @@ cdef class Transport(Stream):
             data = data.tobytes()
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
-            self.write_from(<const char*>view.buf, view.len, None)
+            self._write(<const char*>view.buf, view.len, None)
         finally:
             PyBuffer_Release(&view)
 
     def writelines(self, list_of_data):
         """Send several chunks of bytes, from any iterable; none if one of them is wrong."""
         cdef list chunks = list(list_of_data)
+        cdef bint at_once
         for index, chunk in enumerate(chunks):
             if not PyObject_CheckBuffer(chunk):
                 raise TypeError(f"sequence item {index}: expected a bytes-like object, "
                                 f"{type(chunk).__name__} found")
-        for chunk in chunks:
-            self.write(chunk)
+        at_once = self._enter_write()
+        try:
+            for chunk in chunks:
+                self.write(chunk)
+        finally:
+            self._leave_write(at_once)
+
+    cdef int _write(self, const char* data, Py_ssize_t size, bytes owner) except -1:
+        cdef bint at_once
+        if self.turn:
+            return self.write_from(data, size, owner)
+        at_once = self._enter_write()
+        try:
+            return self.write_from(data, size, owner)
+        finally:
+            self._leave_write(at_once)
+
+    # A write outside the transport's own callbacks, mostly of a task, is a turn of its own.
+
+    cdef bint _enter_write(self) except -1:
+        """A write begins: whether what it takes leaves when it ends."""
+        self.state.check()
+        self.turn += 1
+        return self.turn == 1 and self.state.sends_at_once(self)
+
+    cdef int _leave_write(self, bint at_once) except -1:
+        if at_once or self.turn > 1 or self.phase >= ENDING:  # closed in pause_writing()
+            return self.leave_turn()
+        self.turn -= 1
+        return self._flush_later() if self.pending() else 0
 
     cdef int write_from(self, const char* data, Py_ssize_t size, bytes owner) except -1:
         """Take these bytes; ``owner`` is the object that they are all of, or None."""
