@@ -23,9 +23,10 @@ from conftest import SERVER_NAME, Authority
 MESSAGES = 200
 RECEIVES = ("read", "recvfrom", "recvmsg", "readv")
 SENDS = ("write", "sendto", "sendmsg", "writev")
+POLLS = ("?epoll_wait", "epoll_pwait")  # some systems have the second one only
 
 SERVER = """
-import os, sys, time, uvsock
+import asyncio, os, signal, sys, time, uvsock
 
 def write(socket, data): socket.write(data)
 def five(socket, data):
@@ -43,11 +44,31 @@ def gathered(socket, data):
     socket.write(b"head")
     socket.write(LARGE)
 
+class Protocol(asyncio.Protocol):
+    def connection_made(self, transport):
+        self.transport = transport
+    def data_received(self, data):
+        asyncio.get_running_loop().call_soon(self.answer)
+class Once(Protocol):
+    def answer(self):
+        self.transport.write(b"!")
+class Twice(Protocol):
+    def answer(self):
+        self.transport.write(b"head")
+        self.transport.write(b"body")
+
 LARGE = bytes(40_000)
 tls = {"cert": open(sys.argv[3]).read(), "key": open(sys.argv[4]).read()} if sys.argv[3:] else None
 
 async def main():
     global listener
+    if sys.argv[2] == "protocol":
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(globals()[sys.argv[1]], "127.0.0.1", 0)
+        print(server.sockets[0].getsockname()[1], os.getpid(), flush=True)
+        stop = asyncio.Event()
+        loop.add_signal_handler(signal.SIGTERM, stop.set)
+        return await stop.wait()
     listener = await uvsock.listen({"data": globals()[sys.argv[1]]}, "127.0.0.1", 0,
                                    cork=sys.argv[2] == "cork", tls=tls)
     print(listener.port, os.getpid(), flush=True)
@@ -66,7 +87,7 @@ def server(tmp_path: Path, *arguments: str) -> Iterator[tuple[int, Callable[[], 
     script = tmp_path / "server.py"
     script.write_text(SERVER)
     trace = tmp_path / "trace"
-    calls = ",".join((*RECEIVES, *SENDS))
+    calls = ",".join((*RECEIVES, *SENDS, *POLLS))
     process = subprocess.Popen(
         ["strace", "-f", "-qq", "-yy", "-e", f"trace={calls}", "-o", str(trace),
          sys.executable, str(script), *arguments],
@@ -88,8 +109,11 @@ def server(tmp_path: Path, *arguments: str) -> Iterator[tuple[int, Callable[[], 
         os.kill(pid, signal.SIGTERM)  # strace itself blocks it
         process.communicate(timeout=20)
         # Such as: 17 sendto(12<TCP:[127.0.0.1:1->127.0.0.1:2]>, "x"..., 1, ...) = 1
-        found = re.findall(r"^\d+ +(\w+)\(\d+<TCP:", trace.read_text(), re.MULTILINE)
-        return Counter("receive" if name in RECEIVES else name for name in found)
+        lines = trace.read_text()
+        found = re.findall(r"^\d+ +(\w+)\(\d+<TCP:", lines, re.MULTILINE)
+        counts = Counter("receive" if name in RECEIVES else name for name in found)
+        counts["poll"] = len(re.findall(r"^\d+ +epoll_p?wait\(", lines, re.MULTILINE))
+        return counts
 
     try:
         yield port, count
@@ -129,6 +153,20 @@ def test_calls_per_message(
         calls = count()
     assert sends(calls) == per_message
     assert calls["receive"] / MESSAGES == pytest.approx(1, abs=0.05)  # and the end of the file
+
+
+@pytest.mark.parametrize(("answers", "size"), [("Once", 1), ("Twice", 8)])
+def test_an_answer_of_a_task_takes_no_iteration_of_its_own(
+    tmp_path: Path, answers: str, size: int
+) -> None:
+    """Of asyncio's programs, with a few connections: after the first ones."""
+    with server(tmp_path, answers, "protocol") as (port, count):
+        with stdlib.create_connection(("127.0.0.1", port), 10) as sock:
+            ping_pong(sock, size)
+        calls = count()
+    assert sends(calls) == 1
+    assert calls["receive"] / MESSAGES == pytest.approx(1, abs=0.05)
+    assert calls["poll"] / MESSAGES == pytest.approx(1, abs=0.2)
 
 
 def test_what_is_held_and_a_large_write_leave_in_one_sendmsg(tmp_path: Path) -> None:

@@ -44,8 +44,11 @@ cdef class LoopState:
     cdef readonly set groups
     cdef list _dirty
     cdef Py_ssize_t held_outside          # how often bytes were held for a stream not in a turn
-    cdef Py_ssize_t reads                 # that no task has written an answer to
-    cdef int answered                     # of a few reads by one write each: how often in a row
+    cdef Py_ssize_t reads                 # that no task has answered yet
+    cdef int _answers                     # of tasks to a few reads: in how many iterations in a row
+    cdef int _single                      # of those of one write each: how many in a row
+    cdef int _awaited                     # flushes scheduled, each behind a read's task
+    cdef object _answers_callback
     cdef bint _flush_scheduled
     cdef object _flush_callback
     cdef BufferSink _spare_sinks  # a chain: the first, which names the next
@@ -62,7 +65,9 @@ cdef class LoopState:
     cdef int add_dirty(self, Stream stream) except -1
     cdef int schedule_flush(self) except -1
     cdef bint defer_flush(self) noexcept
-    cdef bint sends_at_once(self, Stream stream) noexcept
+    cdef int count_read(self) except -1
+    cdef bint answers_at_once(self, Stream stream) noexcept
+    cdef int _flush(self) except -1
     cdef int forget_transport(self, int fd) except -1
     cdef BufferSink take_sink(self)
     cdef void give_sink(self, BufferSink sink)

@@ -74,8 +74,8 @@ cdef enum:
     UVS_TLS_READ_SIZE = 131072
     # Empty sinks kept per loop; more would hold memory after a burst.
     UVS_SPARE_SINKS = 64
-    # What tasks write leaves at once where an iteration has up to so many reads, once so many were
-    # answered by one write each. With eight reads this is slower, with two the other way is.
+    # So many reads in an iteration are a few, and so many answers a habit. With eight reads answers
+    # are better sent together, with two they are not.
     UVS_FEW_READS = 4
     UVS_ANSWERS = 16
     # A send that keeps failing with EPROTOTYPE (macOS, while the socket shuts down) is given up.
@@ -141,6 +141,7 @@ cdef class LoopState:
         self._dirty = []
         self._idle_waiters = []
         self._flush_callback = self._flush_dirty
+        self._answers_callback = self._flush_answers
         self.plain_buffer = None
         self.tls_buffer = None
 
@@ -183,7 +184,8 @@ cdef class LoopState:
         return waiter
 
     cdef int add_dirty(self, Stream stream) except -1:
-        self.schedule_flush()
+        if not self._awaited:
+            self.schedule_flush()
         stream.dirty = True
         self._dirty.append(stream)
         return 0
@@ -203,36 +205,63 @@ cdef class LoopState:
         return True
 
     def _flush_dirty(self):
+        self._flush_scheduled = False
+        self._flush()
+
+    cdef int _flush(self) except -1:
         cdef Stream stream
         dirty = self._dirty
         self._dirty = []
-        self._flush_scheduled = False
         for stream in dirty:
             stream.dirty = False
             # In a turn or a cork its own end flushes.
             if stream.turn == 0 and stream.corks == 0:
                 stream.flush_now()
+        return 0
 
-    cdef bint sends_at_once(self, Stream stream) noexcept:
-        """Whether what a task writes to the stream now leaves at once, not with what follows.
+    # What a task writes waits for the end of the iteration, which costs another iteration, and the
+    # peer waits as long. With many reads that is worth it: answers that leave behind each other
+    # find the peers awake. With a few it is not. Then, once tasks have answered a few reads for a
+    # while, a flush is scheduled with each read, behind the task that it wakes; and once each of
+    # the answers was one write, the write sends it.
 
-        To wait for the end of the iteration takes another one, and for as long the peer waits. With
-        many answers to send that is worth it: together they take less, the peer's wake-ups above
-        all. With a few it is not, once each read was answered by one write for a while.
-        """
-        if self._flush_scheduled:
+    cdef int count_read(self) except -1:
+        """A read was delivered; its task, if it is for one, is scheduled."""
+        self.reads += 1
+        if self.reads > UVS_FEW_READS:
+            self._answers = self._single = 0
+        elif self._answers == UVS_ANSWERS and self._single < UVS_ANSWERS:
+            self.loop.call_soon(self._answers_callback)
+            self._awaited += 1
+        return 0
+
+    cdef bint answers_at_once(self, Stream stream) noexcept:
+        """Whether what a task writes to the stream now leaves without waiting for more."""
+        if self._flush_scheduled or self._awaited:
             if stream.dirty:
-                self.answered = 0  # by two writes
+                self._single = 0
+            elif self._awaited and self._single < UVS_ANSWERS:
+                self._single += 1
             return False
-        if not 0 < self.reads <= UVS_FEW_READS:
-            self.answered = 0
-        elif self.answered == UVS_ANSWERS:
-            self.reads -= 1
-            return True
-        else:
-            self.answered += 1
+        if self.reads == 0:
+            self._single = 0  # the second after one read, or no answer
+            return False
+        if self.reads <= UVS_FEW_READS:
+            if self._single == UVS_ANSWERS:
+                self.reads -= 1
+                return True
+            self._single += 1
+            self._answers = min(self._answers + 1, UVS_ANSWERS)
         self.reads = 0
         return False
+
+    def _flush_answers(self):
+        self._awaited -= 1
+        self.reads = 0
+        if self._dirty:
+            self._flush()
+        else:
+            self._answers = 0  # it comes later, if one comes
 
     cdef int forget_transport(self, int fd) except -1:
         if self.transports is not None and 0 <= fd < len(self.transports):
@@ -1254,7 +1283,7 @@ cdef class Stream:
 
     cdef int _leave_reading(self, Py_ssize_t before) except -1:
         """The turn of a read ends; ``before`` is what `held_outside` was when it began."""
-        self.state.reads += 1
+        self.state.count_read()
         if (
             self.state.held_outside != before and self.turn == 1 and self.corks == 0
             and self.phase == ESTABLISHED and not self.blocked and self.pending()

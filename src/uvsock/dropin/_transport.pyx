@@ -388,7 +388,7 @@ cdef class Transport(Stream):
         if self.phase > ENDING:
             return  # get_buffer() has closed the connection
         self.bytes_read += n
-        self.state.reads += 1
+        self.state.count_read()
         self.turn += 1
         try:
             lender(n)
@@ -552,7 +552,7 @@ cdef class Transport(Stream):
         """A write begins: whether what it takes leaves when it ends."""
         self.state.check()
         self.turn += 1
-        return self.turn == 1 and self.state.sends_at_once(self)
+        return self.turn == 1 and self.state.answers_at_once(self)
 
     cdef int _leave_write(self, bint at_once) except -1:
         if at_once or self.turn > 1 or self.phase >= ENDING:  # closed in pause_writing()
