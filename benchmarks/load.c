@@ -15,6 +15,10 @@
  * tls=1 does the same over TLS (compiled with -DTLS), resume=1 resumes sessions in churn. The
  * certificate is not verified: what the server does is measured, not what the load does.
  *
+ * spin=1 asks for events without ever sleeping. To wake a load that sleeps is work of the kernel in
+ * the server's send, which no server has with peers on other machines; and a load that sleeps more
+ * often because a server is slower makes that server slower still.
+ *
  * gate=1 lets another program look at the server at the right moments: the load prints {"ready": N}
  * when all connections are open and waits for a line, and once it has printed its result it keeps the
  * connections until standard input ends.
@@ -45,7 +49,7 @@
 #define EVENTS 256
 #define READ_SIZE 262144
 /* Longest wait for an event: a deadline is noticed at most this late. */
-#define TICK_MS 10
+#define TICK_MS (options.spin ? 0 : 10)
 /* No answer for so long means that the server has lost a message. */
 #define PATIENCE_NS 10000000000u
 /* A fan-out message begins with its sender's number. */
@@ -83,7 +87,7 @@ static struct {
     size_t size, reply;
     uint64_t bytes;
     double seconds, rate;
-    int tls, resume, gate;
+    int tls, resume, gate, spin;
 } options = {.connections = 1, .depth = 1, .size = 1, .seconds = 1};
 
 static void fail(const char *what) {
@@ -565,6 +569,7 @@ static int set_option(const char *word) {
     OPTION(tls, int)
     OPTION(resume, int)
     OPTION(gate, int)
+    OPTION(spin, int)
 #undef OPTION
     return 0;
 }

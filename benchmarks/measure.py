@@ -173,6 +173,8 @@ class Bench:
 
     def _options(self, workload: Workload, **changes: float) -> dict[str, float]:
         options = {**workload.options, "gate": 1, "tls": int(workload.tls), **changes}
+        if self.processors[0] == self.processors[1]:
+            options.pop("spin", None)  # it would take the server's time
         if "bytes" in options:
             options["bytes"] = min(options["bytes"], changes.get("bytes", options["bytes"]))
             if self.quick:

@@ -115,13 +115,13 @@ def _bulk(direction: str, *, tls: bool = False, quick: bool = False) -> Workload
 STREAMS = ("uvsock-streams", "uvsock-loop-streams", "uvloop-streams", "asyncio-streams")
 
 
-def _streams(method: str, depth: int, *, quick: bool = False) -> Workload:
+def _streams(method: str, depth: int, connections: int = 50, *, quick: bool = False) -> Workload:
     return Workload(
-        f"streams_{method}-{depth}",
-        f"Streams, {method}, 64 B, {depth} in flight, 50 connections",
+        f"streams_{method}-{depth}" + f"-{connections}" * (connections != 50),
+        f"Streams, {method}, 64 B, {depth} in flight, {_count(connections)}",
         {"readline": "lines", "readexactly": "length_prefixed"}[method],
         "echo",
-        {"size": 64, "depth": depth, "connections": 50},
+        {"size": 64, "depth": depth, "connections": connections},
         quick=quick,
         peers=STREAMS,
     )
@@ -141,14 +141,16 @@ def _protocol(workload: Workload) -> Workload:
     )
 
 
-def _app(name: str, title: str, mode: str, *needs: str, tls: bool = False) -> Workload:
+def _app(
+    name: str, title: str, mode: str, *needs: str, connections: int = 50, tls: bool = False
+) -> Workload:
     """A program that others have written, on uvloop's loop and on uvsock's."""
     return Workload(
-        f"apps-{name}{'_tls' * tls}",
-        title + " over TLS" * tls,
+        f"apps-{name}{'_tls' * tls}" + f"-{connections}" * (connections != 50),
+        f"{title}, {_count(connections)}" + " over TLS" * tls,
         name,
         mode,
-        {"connections": 50},
+        {"connections": connections},
         unit="request",
         tls=tls,
         peers=("uvloop-app", "uvsock-app"),
@@ -166,12 +168,13 @@ SLOW_READER = Workload(
     kind="memory",
     unit="64 KiB",
 )
+# Where connections come and go the load polls, as load.c says of `spin`.
 CHURN = Workload(
     "churn",
     "Churn: connect, one byte each way, close; 50 at a time",
     "echo",
     "churn",
-    {"connections": 50},
+    {"connections": 50, "spin": 1},
     unit="connection",
     quick=True,
 )
@@ -225,10 +228,19 @@ WORKLOADS = (
         for method in ("readline", "readexactly")
         for depth in (1, 16)
     ),
+    _streams("readline", 1, connections=2),
     replace(
         CHURN,
         name="streams_churn",
         title="Streams, connect, one byte each way, close; 50 at a time",
+        peers=STREAMS,
+        quick=False,
+    ),
+    replace(
+        CHURN,
+        name="streams_churn-asleep",
+        title="Streams, connect, one byte each way, close; 50 at a time, from a load that sleeps",
+        options={"connections": 50},
         peers=STREAMS,
         quick=False,
     ),
@@ -250,7 +262,7 @@ WORKLOADS = (
         "TLS handshake, full, one byte each way, 20 at a time",
         "echo",
         "churn",
-        {"connections": 20},
+        {"connections": 20, "spin": 1},
         unit="connection",
         tls=True,
         quick=True,
@@ -260,7 +272,7 @@ WORKLOADS = (
         "TLS handshake, resumed, one byte each way, 20 at a time",
         "echo",
         "churn",
-        {"connections": 20, "resume": 1},
+        {"connections": 20, "resume": 1, "spin": 1},
         unit="connection",
         tls=True,
     ),
@@ -291,12 +303,14 @@ WORKLOADS = (
     _protocol(SLOW_READER),
     _protocol(CHURN),
     _protocol(IDLE),
-    _app("uvicorn", "uvicorn, httptools, 50 connections", "http", "httptools", "wrk"),
-    _app("uvicorn", "uvicorn, httptools, 50 connections", "http", "httptools", "wrk", tls=True),
-    _app("aiohttp", "aiohttp, 50 connections", "http", "wrk"),
-    _app("aiohttp", "aiohttp, 50 connections", "http", "wrk", tls=True),
-    _app("websockets", "websockets, echo of 125 B, 50 connections", "websocket"),
-    _app("redis", "redis, GET of 100 B by 50 tasks of the client", "redis_client", "redis-server"),
+    _app("uvicorn", "uvicorn, httptools", "http", "httptools", "wrk", connections=2),
+    _app("uvicorn", "uvicorn, httptools", "http", "httptools", "wrk"),
+    _app("uvicorn", "uvicorn, httptools", "http", "httptools", "wrk", tls=True),
+    _app("aiohttp", "aiohttp", "http", "wrk", connections=2),
+    _app("aiohttp", "aiohttp", "http", "wrk"),
+    _app("aiohttp", "aiohttp", "http", "wrk", tls=True),
+    _app("websockets", "websockets, echo of 125 B", "websocket"),
+    _app("redis", "redis, GET of 100 B by tasks of the client", "redis_client", "redis-server"),
 )
 # How many idle connections there are in the points of `scaling`.
 IDLE_POINTS = (0, 10, 100, 1000, 10000)
