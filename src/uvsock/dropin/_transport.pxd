@@ -41,6 +41,7 @@ cdef class Transport(Stream):
 
     cdef int write_from(self, const char* data, Py_ssize_t size, bytes owner) except -1
     cdef int _write(self, const char* data, Py_ssize_t size, bytes owner) except -1
+    cdef int _write_object(self, object data) except -1
     cdef bint _enter_write(self) except -1
     cdef int _leave_write(self, bint at_once) except -1
     cdef int flush(self) except -1

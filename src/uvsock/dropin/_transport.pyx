@@ -505,10 +505,12 @@ cdef class Transport(Stream):
             TypeError: not a bytes-like object.
             RuntimeError: after ``write_eof``, or while a file is sent.
         """
+        self._write_object(data)
+
+    cdef int _write_object(self, object data) except -1:
         cdef Py_buffer view
         if PyBytes_CheckExact(data):
-            self._write(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), data)
-            return
+            return self._write(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), data)
         if not PyObject_CheckBuffer(data):
             raise TypeError(
                 f"data argument must be a bytes-like object, not {type(data).__name__!r}"
@@ -517,22 +519,25 @@ cdef class Transport(Stream):
             data = data.tobytes()
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
-            self._write(<const char*>view.buf, view.len, None)
+            return self._write(<const char*>view.buf, view.len, None)
         finally:
             PyBuffer_Release(&view)
 
+    @cython.binding(False)
     def writelines(self, list_of_data):
         """Send several chunks of bytes, from any iterable; none if one of them is wrong."""
-        cdef list chunks = list(list_of_data)
+        cdef list chunks = list_of_data if type(list_of_data) is list else list(list_of_data)
+        cdef Py_ssize_t index = 0
         cdef bint at_once
-        for index, chunk in enumerate(chunks):
+        for chunk in chunks:
             if not PyObject_CheckBuffer(chunk):
                 raise TypeError(f"sequence item {index}: expected a bytes-like object, "
                                 f"{type(chunk).__name__} found")
+            index += 1
         at_once = self._enter_write()
         try:
             for chunk in chunks:
-                self.write(chunk)
+                self._write_object(chunk)
         finally:
             self._leave_write(at_once)
 
