@@ -68,7 +68,8 @@ cdef class LoopState:
     cdef int count_read(self) except -1
     cdef bint answers_at_once(self, Stream stream) noexcept
     cdef int _flush(self) except -1
-    cdef int forget_transport(self, int fd) except -1
+    cdef int keep_transport(self, Py_ssize_t fd, object transport) except -1
+    cdef int forget_transport(self, Py_ssize_t fd) except -1
     cdef BufferSink take_sink(self)
     cdef void give_sink(self, BufferSink sink)
 

@@ -263,7 +263,14 @@ cdef class LoopState:
         else:
             self._answers = 0  # it comes later, if one comes
 
-    cdef int forget_transport(self, int fd) except -1:
+    cdef int keep_transport(self, Py_ssize_t fd, object transport) except -1:
+        cdef list transports = self.transports
+        while len(transports) <= fd:
+            transports.append(None)
+        transports[fd] = transport
+        return 0
+
+    cdef int forget_transport(self, Py_ssize_t fd) except -1:
         if self.transports is not None and 0 <= fd < len(self.transports):
             self.transports[fd] = None
         return 0
@@ -323,15 +330,14 @@ class TransportTable(weakref.WeakValueDictionary):
     __slots__ = ()
 
     def __setitem__(self, fd, transport):
-        cdef list transports = (<LoopState>self.state).transports
+        cdef Stream stream
         protocol = get_protocol(transport)
-        while len(transports) <= fd:
-            transports.append(None)
         if isinstance(protocol, Stream):
-            (<Stream>protocol).fd = fd
-            transports[fd] = transport
+            stream = <Stream>protocol
+            stream.fd = fd
+            stream.state.keep_transport(stream.fd, transport)
         else:
-            transports[fd] = None
+            (<LoopState>self.state).forget_transport(fd)
             weakref.WeakValueDictionary.__setitem__(self, fd, transport)
 
     def __getitem__(self, fd):
