@@ -49,6 +49,16 @@ class Protocol(asyncio.Protocol):
         self.transport = transport
     def data_received(self, data):
         asyncio.get_running_loop().call_soon(self.answer)
+class Buffered(asyncio.BufferedProtocol):
+    connection_made = Protocol.connection_made
+    buffer = bytearray(64)
+    def get_buffer(self, hint):
+        return self.buffer
+    def buffer_updated(self, size):
+        asyncio.get_running_loop().call_soon(self.answer)
+    def answer(self):
+        self.transport.write(b"head")
+        self.transport.write(b"body")
 class Once(Protocol):
     def answer(self):
         self.transport.write(b"!")
@@ -155,7 +165,7 @@ def test_calls_per_message(
     assert calls["receive"] / MESSAGES == pytest.approx(1, abs=0.05)  # and the end of the file
 
 
-@pytest.mark.parametrize(("answers", "size"), [("Once", 1), ("Twice", 8)])
+@pytest.mark.parametrize(("answers", "size"), [("Once", 1), ("Twice", 8), ("Buffered", 8)])
 def test_an_answer_of_a_task_takes_no_iteration_of_its_own(
     tmp_path: Path, answers: str, size: int
 ) -> None:

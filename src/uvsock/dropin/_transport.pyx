@@ -388,13 +388,13 @@ cdef class Transport(Stream):
         if self.phase > ENDING:
             return  # get_buffer() has closed the connection
         self.bytes_read += n
-        self.state.count_read()
         self.turn += 1
         try:
             lender(n)
         except BaseException as error:
             self._failed("buffer_updated", error)
         finally:
+            self.state.count_read()
             self.leave_turn()
 
     cdef int _deliver_memory(self, ReadBuffer buffer, Py_ssize_t n, int own_exports) except -1:
