@@ -17,6 +17,7 @@ from unittest.mock import patch
 import pytest
 
 from benchmarks import peers, plots, report
+from benchmarks.measure import Bench
 from benchmarks.workloads import WORKLOADS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,6 +95,42 @@ def test_idle_connections_are_held_until_the_load_is_told_to_end(load: Path) -> 
             descriptors = len(os.listdir(f"/proc/{floor.pid}/fd"))
             assert descriptors > 30
             assert holding.poll() is None
+
+
+@linux
+@pytest.mark.parametrize("spin", [0, 1])
+def test_a_load_that_polls_does_not_sleep(load: Path, spin: int) -> None:
+    def sleeps(pid: int) -> int:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return int(dict(line.split(":") for line in lines)["voluntary_ctxt_switches"])
+
+    with process(peers.compiled("floor"), "echo") as floor:
+        assert floor.stdout is not None
+        port = floor.stdout.readline().strip()
+        words = ("gate=1", "seconds=0.5", f"spin={spin}")
+        with process(load, "echo", port, *words) as started:
+            assert started.stdin is not None
+            assert started.stdout is not None
+            started.stdout.readline()
+            before = sleeps(started.pid)
+            started.stdin.write("go\n")
+            started.stdin.flush()
+            messages = json.loads(started.stdout.readline())["messages"]
+            slept = sleeps(started.pid) - before
+    assert messages > 0
+    assert slept < 10 if spin else slept > 10
+
+
+@linux
+@pytest.mark.usefixtures("load")
+@pytest.mark.parametrize(("processors", "spin"), [((0, 0), None), ((0, 1), 1)])
+def test_a_load_on_the_processor_of_the_server_sleeps(
+    tmp_path: Path, processors: tuple[int, int], spin: int | None
+) -> None:
+    with patch("benchmarks.measure.processors", return_value=processors):
+        bench = Bench(tmp_path, rounds=1, seconds=1, quick=False)
+    (churn,) = (workload for workload in WORKLOADS if workload.name == "churn")
+    assert bench._options(churn).get("spin") == spin
 
 
 def run(words: str, output: Path | None = None) -> subprocess.CompletedProcess[str]:
