@@ -31,7 +31,7 @@ import pytest
 
 import uvsock
 from conftest import Recorder, Wire, open_descriptors, run_python, soon, until, unused_port
-from uvsock import BufferSink, ReadyState, _connector
+from uvsock import BufferSink, ReadyState
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 RESET = b"\1\0\0\0\0\0\0\0"  # SO_LINGER: on, for no time
@@ -520,10 +520,11 @@ async def test_several_addresses_are_raced(
     server, client = Recorder(), Recorder()
     listener = await uvsock.listen(server.table(), "127.0.0.1", 0)
 
-    async def resolve(hostname: str, port: int) -> list[tuple[int, tuple[Any, ...]]]:
-        return [(stdlib.AF_INET, ("127.0.0.1", port)), (stdlib.AF_INET, ("127.0.0.1", port))]
+    async def getaddrinfo(hostname: str, port: int, **hints: Any) -> Any:
+        kind = (stdlib.AF_INET, stdlib.SOCK_STREAM, 6)
+        return [(*kind, name, ("127.0.0.1", port)) for name in ("", "again")]
 
-    monkeypatch.setattr(_connector, "resolve", resolve)
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo, raising=False)
     socket = await uvsock.connect(
         client.table(), "twice.test", listener.port, happy_eyeballs_delay=0
     )

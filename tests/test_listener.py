@@ -29,7 +29,7 @@ from conftest import (
     until,
     unused_port,
 )
-from uvsock import _listener
+from uvsock import _bind
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Linux has abstract names")
 
@@ -252,14 +252,15 @@ async def test_another_port_is_picked_when_one_address_of_several_has_it_taken(
 ) -> None:
     """Port 0 picks for the first address; for the second that port may be another's."""
     taken: list[stdlib.socket] = []
-    bind_one = _listener._bind_one
+    bound = _bind.bound
 
-    def bind(family: int, address: tuple[Any, ...], port: int, *options: Any) -> stdlib.socket:
-        if address[0] == "127.0.0.2" and len(taken) < 3:
+    def bind(info: Any, **options: Any) -> stdlib.socket:
+        host, port = info[4]
+        if host == "127.0.0.2" and len(taken) < 3:
             taken.append(stdlib.create_server(("127.0.0.2", port)))
-        return bind_one(family, address, port, *options)
+        return bound(info, **options)
 
-    monkeypatch.setattr(_listener, "_bind_one", bind)
+    monkeypatch.setattr(_bind, "bound", bind)
     patch_lookup(monkeypatch, "127.0.0.1", "127.0.0.2")
     try:
         async with await uvsock.listen(ECHO, "several.test", 0) as listener:

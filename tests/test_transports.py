@@ -698,8 +698,8 @@ async def test_a_slow_reader_takes_one_watch_of_its_descriptor(
         pauses += 1
         pour(server)
 
-    monkeypatch.setattr(net.loop, "add_writer", watch)
     client, server = await net.pair(server=lambda: Recorder(resume=resume))
+    monkeypatch.setattr(net.loop, "add_writer", watch)
     pour(server)
     await soon(client.lost, 20)
     assert len(client.received) == 20 * 2**20

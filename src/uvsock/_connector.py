@@ -1,21 +1,18 @@
-"""Connecting: names to addresses, addresses to a connection, and what happens when none works."""
+"""``connect``: its arguments, and what happens when there is no connection."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import errno
 import os
 import socket as stdlib
 from collections.abc import Coroutine
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal
 
-import uvloop
-
-from uvsock._addresses import Address, resolve
+from uvsock._addresses import interleave, resolve_name
 from uvsock._contexts import TLSLike, client_context
+from uvsock._dial import Dialler, dial, dial_unix
 from uvsock._framing import Framer, as_framer
 from uvsock._handlers import as_handlers
 from uvsock._options import (
@@ -29,6 +26,7 @@ from uvsock._options import (
 )
 from uvsock._socket import Group, Socket
 from uvsock._stream import state_of
+from uvsock._uvloop import attach
 
 if TYPE_CHECKING:
     from uvsock._types import HandlersLike
@@ -72,7 +70,8 @@ def connect(
             name; None or False for a plain connection.
         server_hostname: the name to send and to verify instead of ``hostname``.
         data: what ``socket.data`` begins as.
-        timeout: seconds for name lookup, connecting and the TLS handshake together.
+        timeout: seconds for name lookup, connecting and the TLS handshake together. With it a Unix
+            listener whose backlog is full is waited for; without, that is a ``BlockingIOError``.
         local_address: host and port to connect from.
         happy_eyeballs_delay: seconds until the next address is tried beside one that has not
             answered; None to try them one after another.
@@ -132,7 +131,7 @@ def connect(
             return sock
         if unix is not None:
             assert isinstance(unix, (str, bytes))
-            return _dial_unix(unix)
+            return await dial_unix(unix, patient=seconds is not None)
         assert hostname is not None
         assert port is not None
         return await _dial_tcp(hostname, port, local_address, delay)
@@ -182,154 +181,14 @@ def connect(
     return start()
 
 
-def attach(
-    loop: asyncio.AbstractEventLoop,
-    protocol: asyncio.BaseProtocol,
-    context: contextvars.Context,
-    sock: stdlib.socket,
-) -> None:
-    """Give a connected system socket to uvloop, whose transport owns it from here on.
-
-    ``connection_made`` follows in the next iteration, in this context as all that comes after.
-    """
-    # Not by the loop's method: that of uvsock's own loop makes asyncio's transports.
-    connect: Any = uvloop.Loop.connect_accepted_socket
-    connecting = connect(loop, lambda: protocol, sock)
-    # Not as a task: cancelled, as all tasks are at the end of a run, uvloop would close the
-    # transport and never tell the protocol.
-    try:
-        waiter = context.run(connecting.send, None)
-    except BaseException:
-        sock.close()
-        raise
-
-    def made(_: object) -> None:
-        with contextlib.suppress(StopIteration):
-            connecting.send(None)
-
-    waiter.add_done_callback(made)
-
-
-def _cannot_connect(where: str, error: OSError) -> OSError:
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    return OSError(error.errno, f"cannot connect to {where}: {reason}")
-
-
-def _dial_unix(path: str | bytes) -> stdlib.socket:
-    sock = stdlib.socket(stdlib.AF_UNIX, stdlib.SOCK_STREAM)
-    sock.setblocking(False)
-    try:
-        # Done at once, or EAGAIN where the listener's backlog is full: unix(7) has no waiting.
-        sock.connect(path)
-    except OSError as error:
-        sock.close()
-        raise _cannot_connect(repr(os.fsdecode(path)), error) from error
-    return sock
-
-
 async def _dial_tcp(
     hostname: str, port: int, local_address: tuple[str, int] | None, delay: float | None
 ) -> stdlib.socket:
-    """The first connection to an address of the name that is made (RFC 8305)."""
-    addresses = await resolve(hostname, port)
-    local = [] if local_address is None else await resolve(*local_address)
-    queue = _interleave(addresses)
-    loop = asyncio.get_running_loop()
-    attempts: dict[asyncio.Task[stdlib.socket], None] = {}
-    failures: list[OSError] = []
-    winner: stdlib.socket | None = None
-    try:
-        while winner is None and (queue or attempts):
-            # The next address is tried when one has failed, or has not answered for long enough.
-            if queue:
-                attempts[loop.create_task(_dial(*queue.pop(0), local))] = None
-            done, _ = await asyncio.wait(
-                attempts,
-                timeout=delay if queue else None,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            for attempt in [attempt for attempt in attempts if attempt in done]:
-                error = attempt.exception()
-                if error is None and winner is None:
-                    winner = attempt.result()
-                elif isinstance(error, OSError):
-                    failures.append(error)
-                elif error is not None:
-                    raise error
-                else:
-                    continue  # a second one was made in the same iteration: closed below
-                del attempts[attempt]
-    finally:
-        # Not awaited: a second cancellation here would lose the connections that were made.
-        for attempt in attempts:
-            attempt.cancel()
-            attempt.add_done_callback(_close_late)
-    if winner is None:
+    infos = interleave(await resolve_name(hostname, port))
+    local = None if local_address is None else await resolve_name(*local_address)
+    sock, failures = await dial(infos, local, delay, Dialler())
+    if sock is None:
         telling = [error for error in failures if error.errno not in _UNREACHABLE] or failures
         texts = dict.fromkeys(str(error.strerror) for error in failures)
         raise OSError(telling[0].errno, "; ".join(texts))
-    return winner
-
-
-def _close_late(attempt: asyncio.Task[stdlib.socket]) -> None:
-    if not attempt.cancelled() and attempt.exception() is None:
-        attempt.result().close()
-
-
-def _interleave(
-    addresses: list[Address],
-) -> list[Address]:
-    """In the resolver's order, but with the families taking turns (RFC 8305, 4)."""
-    first = [entry for entry in addresses if entry[0] == addresses[0][0]]
-    others = [entry for entry in addresses if entry[0] != addresses[0][0]]
-    pairs = zip_longest(first, others)
-    return [entry for pair in pairs for entry in pair if entry is not None]
-
-
-async def _dial(family: int, address: tuple[Any, ...], local: list[Address]) -> stdlib.socket:
-    sock: stdlib.socket | None = None
-    where = f"{address[0]} port {address[1]}"
-    own = [entry[1] for entry in local if entry[0] == family]
-    if local and not own:
-        raise OSError(
-            errno.EAFNOSUPPORT, f"cannot connect to {where}: local_address is of another family"
-        )
-    try:
-        sock = stdlib.socket(family, stdlib.SOCK_STREAM)
-        sock.setblocking(False)
-        if local:
-            where += f" from {own[0][0]} port {own[0][1]}"
-            sock.setsockopt(stdlib.SOL_SOCKET, stdlib.SO_REUSEADDR, 1)
-            sock.bind(own[0])
-        await _established(sock, address)
-    except OSError as error:
-        if sock is not None:
-            sock.close()
-        raise _cannot_connect(where, error) from error
-    except BaseException:
-        if sock is not None:
-            sock.close()
-        raise
     return sock
-
-
-def _settle(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-async def _established(sock: stdlib.socket, address: tuple[Any, ...]) -> None:
-    """connect(2). The loop's sock_connect would resolve the address again, in a thread."""
-    try:
-        sock.connect(address)
-    except BlockingIOError:
-        loop = asyncio.get_running_loop()
-        writable = loop.create_future()
-        loop.add_writer(sock, _settle, writable)
-        try:
-            await writable
-        finally:
-            loop.remove_writer(sock)
-        number = sock.getsockopt(stdlib.SOL_SOCKET, stdlib.SO_ERROR)
-        if number:
-            raise OSError(number, os.strerror(number)) from None

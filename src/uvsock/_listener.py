@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
-import errno
 import os
 import socket
-import stat
 from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
-import uvloop
-
-from uvsock._addresses import Address, resolve
+from uvsock._bind import SocketFile, bind_tcp, bind_unix, listen_on, socket_file
 from uvsock._contexts import TLSLike, server_context
 from uvsock._framing import Framer, as_framer
 from uvsock._handlers import Handlers, as_handlers
@@ -31,17 +26,14 @@ from uvsock._options import (
     socket_options,
 )
 from uvsock._socket import Group, Socket
-from uvsock._stream import LoopState, StreamGroup, state_of
+from uvsock._stream import LoopState, state_of
+from uvsock._uvloop import serve
 
 if TYPE_CHECKING:
     from uvsock._types import HandlersLike
 
-# A port that the system picked for one address can be taken for another.
-_PORT_ATTEMPTS = 20
 # Seconds that async handlers have after their sockets were terminated.
 LAST_GRACE = 1.0
-# An address of a family or an interface that this machine does not have.
-_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 class ListenerStats(NamedTuple):
@@ -154,17 +146,17 @@ def listen(
         if kind == "tcp":
             assert hostname is not None
             assert port is not None
-            sockets = await _bind_tcp(hostname, port, backlog, reuse_port, ipv6_only)
+            sockets = await bind_tcp(hostname, port, backlog, reuse_port, ipv6_only)
         elif kind == "unix":
             assert isinstance(unix, (str, bytes))
             path = os.fsdecode(unix)
-            sockets = [_bind_unix(path, backlog)]
+            sockets = [bind_unix(path, backlog)]
         else:
             assert sock is not None
             sockets = [sock]
             if sock.family == socket.AF_UNIX:
                 path = os.fsdecode(sock.getsockname())
-            _listen_on(sock, backlog)
+            listen_on(sock, backlog)
         listener = Listener.__new__(Listener)
         group = Group(
             state,
@@ -211,10 +203,7 @@ class Listener:
         self._servers = []
         self._referenced = True
         self._path = path
-        # To remove the file at stop(), wherever the working directory is then, and only if it is
-        # still this listener's.
-        self._inode = _inode(path) if owns_path and path is not None else None
-        self._file = os.path.abspath(path) if self._inode is not None and path else None
+        self._file: SocketFile | None = socket_file(path) if owns_path else None
         self._hostname: str | None = None
         self._port: int | None = None
         if path is None:
@@ -239,12 +228,8 @@ class Listener:
             sock.close()
         self._servers = []
         self._sockets = []
-        if self._inode is not None:
-            assert self._file is not None
-            if _inode(self._file) == self._inode:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._file)
-            self._inode = None
+        if self._file is not None:
+            self._file.remove()
 
     def __repr__(self) -> str:
         if self._path is not None:
@@ -411,165 +396,3 @@ class Listener:
     ) -> None:
         self.stop(True)
         await self.wait_closed()
-
-
-def serve(
-    loop: asyncio.AbstractEventLoop, group: StreamGroup, sock: socket.socket, backlog: int
-) -> asyncio.AbstractServer:
-    """Have uvloop accept connections on a bound socket; each is a call of the group."""
-    # Not by the loop's methods: those of uvsock's own loop make asyncio's transports.
-    create: Any = (
-        uvloop.Loop.create_unix_server
-        if sock.family == socket.AF_UNIX
-        else uvloop.Loop.create_server
-    )
-    options = {"cleanup_socket": False} if sock.family == socket.AF_UNIX else {}
-    serving = create(loop, group, sock=sock, backlog=backlog, **options)
-    try:
-        # It has nothing to wait for, so nothing can cancel it halfway. uvloop runs a server's
-        # protocols in the context that it was created in.
-        group.context.run(serving.send, None)
-    except StopIteration as done:
-        server: asyncio.AbstractServer = done.value
-        return server
-    serving.close()
-    raise RuntimeError("uvloop's server waits for something")
-
-
-# ── Binding ────────────────────────────────────────────────────────────────────────────────────
-
-
-async def _bind_tcp(
-    hostname: str,
-    port: int,
-    backlog: int,
-    reuse_port: bool,
-    ipv6_only: bool,
-) -> list[socket.socket]:
-    """Listening sockets for every address of the name, on one port."""
-    addresses = await resolve(hostname, port, passive=True)
-    # Two sockets of both families collide unless the IPv6 one leaves IPv4 alone.
-    ipv6_only = ipv6_only or len({family for family, _ in addresses}) > 1
-    for attempt in range(_PORT_ATTEMPTS):
-        try:
-            return _bind_all(addresses, port, backlog, reuse_port, ipv6_only)
-        except OSError as error:
-            retry = port == 0 and len(addresses) > 1 and error.errno == errno.EADDRINUSE
-            if not retry or attempt == _PORT_ATTEMPTS - 1:
-                raise
-    raise AssertionError("not reached")
-
-
-def _bind_all(
-    addresses: list[Address],
-    port: int,
-    backlog: int,
-    reuse_port: bool,
-    ipv6_only: bool,
-) -> list[socket.socket]:
-    sockets: list[socket.socket] = []
-    absent: OSError | None = None
-    try:
-        for family, address in addresses:
-            try:
-                sock = _bind_one(family, address, port, backlog, reuse_port, ipv6_only)
-            except OSError as error:
-                # Of `localhost`, say, the IPv6 address may be missing on this machine.
-                if error.errno not in _NOT_HERE:
-                    raise
-                absent = error
-                continue
-            sockets.append(sock)
-            port = sock.getsockname()[1]
-        if not sockets and absent is not None:
-            raise absent
-    except BaseException:
-        for sock in sockets:
-            sock.close()
-        raise
-    return sockets
-
-
-def _bind_one(
-    family: int,
-    address: tuple[Any, ...],
-    port: int,
-    backlog: int,
-    reuse_port: bool,
-    ipv6_only: bool,
-) -> socket.socket:
-    sock: socket.socket | None = None
-    try:
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if reuse_port:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, ipv6_only)
-        sock.bind((address[0], port, *address[2:]))
-        # Here and not in uvloop, whose error would not name the address.
-        sock.listen(backlog)
-        sock.setblocking(False)
-    except OSError as error:
-        if sock is not None:
-            sock.close()
-        raise _cannot_bind(f"{address[0]} port {port}", error) from error
-    return sock
-
-
-def _listen_on(sock: socket.socket, backlog: int) -> None:
-    """listen(2) on a socket of the caller's; uvloop would not report an error."""
-    try:
-        sock.listen(backlog)
-    except OSError as error:
-        name = sock.getsockname()
-        sock.close()
-        where = f"{name[0]} port {name[1]}" if isinstance(name, tuple) else repr(os.fsdecode(name))
-        raise _cannot_bind(where, error) from error
-
-
-def _bind_unix(path: str, backlog: int) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if not path.startswith("\0"):
-            _remove_stale(path)
-        sock.bind(path)
-        sock.listen(backlog)
-        sock.setblocking(False)
-    except OSError as error:
-        sock.close()
-        raise _cannot_bind(repr(path), error) from error
-    return sock
-
-
-def _cannot_bind(where: str, error: OSError) -> OSError:
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    return OSError(error.errno, f"cannot listen on {where}: {reason}")
-
-
-def _remove_stale(path: str) -> None:
-    """Remove a socket file that nobody listens on any more."""
-    try:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            return  # bind(2) refuses it
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-        except OSError:
-            return  # alive with a full backlog, or not ours to judge: bind(2) says what is wrong
-
-
-def _inode(path: str) -> tuple[int, int] | None:
-    if path.startswith("\0"):
-        return None
-    try:
-        found = os.lstat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino

@@ -31,6 +31,18 @@ cdef enum:
     LONGEST = 16384 + 2048
 
 
+cdef object _name_of_peer(object name):
+    """The name as TLS sends it and as certificates have it.
+
+    Without the dot of a name that is complete (RFC 6066, 3); an address without its zone, which is
+    this machine's own (RFC 4007, 11.2).
+    """
+    if not isinstance(name, str):
+        return name
+    address, zone, _ = name.partition("%")
+    return address if zone and ":" in address else name.removesuffix(".")
+
+
 cdef class TLSLayer:
     """One TLS session.
 
@@ -45,7 +57,7 @@ cdef class TLSLayer:
         self._outgoing = MemoryBIO()
         self.sslobj = context.wrap_bio(
             self._incoming, self._outgoing, server_side=server_side,
-            server_hostname=server_hostname,
+            server_hostname=_name_of_peer(server_hostname),
         )
         self._ssl = getattr(self.sslobj, "_sslobj", self.sslobj)
         self.handshaking = True

@@ -13,9 +13,7 @@ cdef class CompiledProtocol:
 cdef class TransportGroup(StreamGroup):
     # What the transports of one server, or one connection, share.
     cdef object __weakref__
-    cdef object protocol_factory
-    cdef object server                  # asyncio's, or None
-    cdef bint attached                  # counted by the server
+    cdef object protocol_factory        # a server's; None where a client has its protocol
 
 
 cdef class Transport(Stream):

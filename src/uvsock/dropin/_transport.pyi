@@ -25,9 +25,9 @@ class TransportGroup(StreamGroup):
         server_side: bool = False,
         server_hostname: str | None = None,
         protocol_factory: Callable[[], asyncio.BaseProtocol] | None = None,
-        server: asyncio.AbstractServer | None = None,
         handshake_timeout: float | None = None,
         shutdown_timeout: float | None = None,
+        context: contextvars.Context | None = None,
     ) -> None: ...
     def __call__(self, *args: Never) -> Transport: ...
     def close(self) -> None: ...

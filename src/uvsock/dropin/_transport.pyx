@@ -2,7 +2,6 @@
 
 import asyncio
 import contextvars
-import inspect
 import ssl
 import sys
 
@@ -48,11 +47,6 @@ cdef frozenset ABOUT_TLS = frozenset({
 })
 cdef object Protocol = asyncio.Protocol
 cdef tuple ENDING_THE_RUN = (KeyboardInterrupt, SystemExit)
-
-# Up to Python 3.12 a server counts its connections, from 3.13 on it knows them.
-cdef bint SERVER_KNOWS_CLIENTS = (
-    "transport" in inspect.signature(asyncio.base_events.Server._attach).parameters
-)
 
 
 def _raise_again(error):
@@ -123,15 +117,14 @@ cdef class TransportGroup(StreamGroup):
     """What the transports of one server, or one connection, share. Calling it makes a transport."""
 
     def __init__(self, state, *, tls_context=None, server_side=False, server_hostname=None,
-                 protocol_factory=None, server=None, handshake_timeout=None,
-                 shutdown_timeout=None):
+                 protocol_factory=None, handshake_timeout=None, shutdown_timeout=None,
+                 context=None):
         self.state = state
-        self.context = contextvars.copy_context()
+        self.context = contextvars.copy_context() if context is None else context
         self.tls_context = tls_context
         self.server_side = server_side
         self.server_hostname = server_hostname
         self.protocol_factory = protocol_factory
-        self.server = server
         self.handshake_timeout = _positive(
             "ssl_handshake_timeout", handshake_timeout, UVS_TLS_HANDSHAKE)
         self.linger_timeout = _positive(
@@ -143,28 +136,6 @@ cdef class TransportGroup(StreamGroup):
         self.high_water_mark = UVS_CORK_LIMIT
         self.keep_alive = -1.0
         self.idle_timeout = 0.0
-
-    # For asyncio's server the group is one client: it is told of the first connection and of the
-    # last, not of each, which would take a call or two of Python's for every one.
-
-    cdef int add(self, Stream stream) except -1:
-        if self.server is not None and not self.attached and not self.stopped:
-            self.attached = True
-            if SERVER_KNOWS_CLIENTS:
-                self.server._attach(self)
-            else:
-                self.server._attach()
-        return StreamGroup.add(self, stream)
-
-    cdef int forget(self, Stream stream) except -1:
-        StreamGroup.forget(self, stream)
-        if self.attached and self._alive == 0:
-            self.attached = False
-            if SERVER_KNOWS_CLIENTS:
-                self.server._detach(self)
-            else:
-                self.server._detach()
-        return 0
 
     def close(self):
         """Close the connections: ``Server.close_clients``."""
@@ -237,7 +208,7 @@ cdef class Transport(Stream):
 
     cdef int on_made(self) except -1:
         cdef TransportGroup group = <TransportGroup>self.group
-        if group.server is None:
+        if group.protocol_factory is None:
             return 0
         try:
             self._use(group.protocol_factory())

@@ -4,52 +4,52 @@ from __future__ import annotations
 
 import asyncio
 import asyncio.unix_events
-import contextlib
+import contextvars
+import errno
 import io
+import logging
 import os
 import socket
 import ssl as ssl_module
+import stat
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 import uvloop
 
-from uvsock._connector import attach
-from uvsock._listener import serve
+from uvsock._addresses import AddressInfo, interleave, resolve
+from uvsock._bind import SocketFile, bound, socket_file
+from uvsock._dial import Dialler, connected, dial
 from uvsock._stream import state_of
+from uvsock._uvloop import attach
 from uvsock.dropin._transport import Transport, TransportGroup
+from uvsock.dropin.bridge import bridge
+from uvsock.dropin.server import Server
 
-# Whose methods are borrowed. They only use what every loop has, and each other.
+logger = logging.getLogger("asyncio")
+
 _Base: Any = asyncio.BaseEventLoop
 _UnixBase: Any = asyncio.unix_events._UnixSelectorEventLoop
 
 # Bytes of a file that are read at a time where the kernel cannot send from the file itself.
 _FILE_CHUNK = 262144
 
+ProtocolFactory = Callable[[], asyncio.BaseProtocol]
+
 
 class Loop(uvloop.Loop):
     """uvloop's event loop, on which TCP, Unix and TLS connections are uvsock's.
 
-    What it has to do with names, addresses and arguments is asyncio's own code, so errors are
-    asyncio's too; reading, writing and TLS are uvsock's; all the rest is uvloop's.
+    Arguments, their checks and the texts of errors are asyncio's; reading, writing and TLS are
+    uvsock's; all the rest is uvloop's.
     """
 
-    # These end in the methods below, `_create_connection_transport` and `_start_serving`.
-    if TYPE_CHECKING:
-        create_connection = asyncio.AbstractEventLoop.create_connection  # type: ignore[assignment]
-        create_server = asyncio.AbstractEventLoop.create_server  # type: ignore[assignment]
-    else:
-        create_connection = _Base.create_connection
-        create_server = _Base.create_server
-        connect_accepted_socket = _Base.connect_accepted_socket
-        create_unix_connection = _UnixBase.create_unix_connection
+    if not TYPE_CHECKING:
         sendfile = _Base.sendfile
         sock_sendfile = _Base.sock_sendfile
-        _connect_sock = _Base._connect_sock
-        _ensure_resolved = _Base._ensure_resolved
-        _create_server_getaddrinfo = _Base._create_server_getaddrinfo
         _check_sendfile_params = _Base._check_sendfile_params
         _sock_sendfile_fallback = _Base._sock_sendfile_fallback
         _sock_sendfile_native = _UnixBase._sock_sendfile_native
@@ -57,63 +57,203 @@ class Loop(uvloop.Loop):
         _sock_sendfile_update_filepos = _UnixBase._sock_sendfile_update_filepos
         _sock_add_cancellation_callback = _UnixBase._sock_add_cancellation_callback
 
-    def __init__(self) -> None:
-        super().__init__()
-        # Of the listening sockets: what accepts, and the inodes of the files to remove.
-        self._serving: dict[socket.socket, tuple[TransportGroup, asyncio.AbstractServer]] = {}
-        self._unix_server_sockets: dict[socket.socket, int] = {}
-
     @property
     def _debug(self) -> bool:
         return self.get_debug()
 
-    async def create_unix_server(
-        self, *args: Any, cleanup_socket: bool = sys.version_info >= (3, 13), **options: Any
-    ) -> asyncio.Server:
-        """A server on a Unix socket: asyncio's, with ``cleanup_socket`` on every Python."""
-        if sys.version_info >= (3, 13):
-            options["cleanup_socket"] = cleanup_socket
-        server: Any = await _UnixBase.create_unix_server(self, *args, **options)
-        if cleanup_socket and sys.version_info < (3, 13):
-            for sock in server._sockets:
-                path = sock.getsockname()
-                if path and path[0] not in (0, "\0"):
-                    self._unix_server_sockets[sock] = os.stat(path).st_ino
-        return cast(asyncio.Server, server)
+    # ── Connecting ─────────────────────────────────────────────────────────────────────────────
 
-    async def sock_connect(self, sock: socket.socket, address: Any) -> None:
-        """Connect a socket to an address, as ``asyncio``'s: an error names the address."""
-        try:
-            await super().sock_connect(sock, address)
-        except OSError as error:
-            if error.errno is None or sock.family == socket.AF_UNIX:
-                raise
-            raise OSError(error.errno, f"Connect call failed {address}") from None
-
-    async def _create_connection_transport(
+    async def create_connection(  # type: ignore[override]
         self,
-        sock: socket.socket,
-        protocol_factory: Callable[[], asyncio.BaseProtocol],
-        ssl: ssl_module.SSLContext | bool | None,
-        server_hostname: str | None,
-        server_side: bool = False,
+        protocol_factory: ProtocolFactory,
+        host: Any = None,
+        port: Any = None,
+        *,
+        ssl: ssl_module.SSLContext | bool | None = None,
+        family: int = 0,
+        proto: int = 0,
+        flags: int = 0,
+        sock: socket.socket | None = None,
+        local_addr: tuple[Any, ...] | None = None,
+        server_hostname: str | None = None,
         ssl_handshake_timeout: float | None = None,
         ssl_shutdown_timeout: float | None = None,
+        happy_eyeballs_delay: float | None = None,
+        interleave: int | None = None,
+        all_errors: bool = False,
+        context: contextvars.Context | None = None,
     ) -> tuple[asyncio.Transport, asyncio.BaseProtocol]:
-        sock.setblocking(False)
-        try:
-            protocol = protocol_factory()
-            group = TransportGroup(
-                state_of(self),
-                tls_context=_tls_context(ssl, server_side, server_hostname),
-                server_side=server_side,
-                server_hostname=None if server_side else server_hostname or None,
-                handshake_timeout=ssl_handshake_timeout,
-                shutdown_timeout=ssl_shutdown_timeout,
+        """Connect to a TCP server, as ``asyncio.loop.create_connection`` of the newest Python.
+
+        Here as in what follows, ``context`` is that of the protocol's callbacks: by default a copy
+        of the caller's.
+        """
+        _check_tls_options(ssl, server_hostname, ssl_handshake_timeout, ssl_shutdown_timeout)
+        if server_hostname is None and ssl:
+            if not host:
+                raise ValueError("You must set server_hostname when using ssl without a host")
+            server_hostname = host
+        _check_plain_socket(sock)
+        group = TransportGroup(
+            state_of(self),
+            tls_context=_tls_context(ssl, server_hostname),
+            server_hostname=server_hostname or None,
+            handshake_timeout=ssl_handshake_timeout,
+            shutdown_timeout=ssl_shutdown_timeout,
+            context=context,
+        )
+        ours = sock is None
+        if host is not None or port is not None:
+            if sock is not None:
+                raise ValueError("host/port and sock can not be specified at the same time")
+            if happy_eyeballs_delay is not None and interleave is None:
+                interleave = 1
+            sock = await self._dial(
+                (host, port),
+                local_addr,
+                family,
+                proto,
+                flags,
+                happy_eyeballs_delay,
+                interleave,
+                all_errors,
             )
+        elif sock is None:
+            raise ValueError("host and port was not specified and no sock specified")
+        else:
+            _check_stream(sock)
+        return await self._connected(group, protocol_factory, sock, ours)
+
+    async def _dial(
+        self,
+        address: tuple[Any, Any],
+        local_address: tuple[Any, ...] | None,
+        family: int,
+        proto: int,
+        flags: int,
+        delay: float | None,
+        first_family: int | None,
+        all_errors: bool,
+    ) -> socket.socket:
+        infos = await self._resolved(address, family, proto, flags)
+        local = None
+        if local_address is not None:
+            local = await self._resolved(local_address, family, proto, flags)
+        if first_family:
+            infos = interleave(infos, first_family)
+        sock, errors = await dial(infos, local, delay, _AsyncioDialler(self))
+        if sock is not None:
+            return sock
+        if all_errors:
+            raise ExceptionGroup("create_connection failed", errors)
+        if len({str(error) for error in errors}) == 1:
+            raise errors[0]
+        raise OSError(f"Multiple exceptions: {', '.join(map(str, errors))}")
+
+    async def _resolved(
+        self, address: tuple[Any, ...], family: int, proto: int, flags: int
+    ) -> list[AddressInfo]:
+        infos = await resolve(self, address, family=family, proto=proto, flags=flags)
+        if not infos:
+            raise OSError(f"getaddrinfo({address[0]!r}) returned empty list")
+        return infos
+
+    async def create_unix_connection(  # type: ignore[override]
+        self,
+        protocol_factory: ProtocolFactory,
+        path: Any = None,
+        *,
+        ssl: ssl_module.SSLContext | bool | None = None,
+        sock: socket.socket | None = None,
+        server_hostname: str | None = None,
+        ssl_handshake_timeout: float | None = None,
+        ssl_shutdown_timeout: float | None = None,
+        context: contextvars.Context | None = None,
+    ) -> tuple[asyncio.Transport, asyncio.BaseProtocol]:
+        """Connect to a Unix socket, as ``asyncio.loop.create_unix_connection``.
+
+        Raises:
+            BlockingIOError: the listener's backlog is full.
+        """
+        if ssl and server_hostname is None:
+            raise ValueError("you have to pass server_hostname when using ssl")
+        _check_tls_options(ssl, server_hostname, ssl_handshake_timeout, ssl_shutdown_timeout)
+        group = TransportGroup(
+            state_of(self),
+            tls_context=_tls_context(ssl, server_hostname),
+            server_hostname=server_hostname or None,
+            handshake_timeout=ssl_handshake_timeout,
+            shutdown_timeout=ssl_shutdown_timeout,
+            context=context,
+        )
+        ours = sock is None
+        if path is not None:
+            if sock is not None:
+                raise ValueError("path and sock can not be specified at the same time")
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                sock.setblocking(False)
+                await self.sock_connect(sock, os.fspath(path))
+            except BaseException:
+                sock.close()
+                raise
+        elif sock is None:
+            raise ValueError("no path and sock were specified")
+        else:
+            _check_unix_stream(sock)
+        return await self._connected(group, protocol_factory, sock, ours)
+
+    async def connect_accepted_socket(  # type: ignore[override]
+        self,
+        protocol_factory: ProtocolFactory,
+        sock: socket.socket,
+        *,
+        ssl: ssl_module.SSLContext | bool | None = None,
+        ssl_handshake_timeout: float | None = None,
+        ssl_shutdown_timeout: float | None = None,
+        context: contextvars.Context | None = None,
+    ) -> tuple[asyncio.Transport, asyncio.BaseProtocol]:
+        """Serve a connection that was accepted elsewhere, as asyncio's method of that name."""
+        _check_stream(sock)
+        _check_tls_options(ssl, None, ssl_handshake_timeout, ssl_shutdown_timeout)
+        _check_plain_socket(sock)
+        if ssl is True:
+            raise ValueError("Server side SSL needs a valid SSLContext")
+        group = TransportGroup(
+            state_of(self),
+            tls_context=_tls_context(ssl, None),
+            server_side=True,
+            handshake_timeout=ssl_handshake_timeout,
+            shutdown_timeout=ssl_shutdown_timeout,
+            context=context,
+        )
+        return await self._connected(group, protocol_factory, sock, ours=False)
+
+    async def _connected(
+        self,
+        group: TransportGroup,
+        protocol_factory: ProtocolFactory,
+        sock: socket.socket,
+        ours: bool,
+    ) -> tuple[asyncio.Transport, asyncio.BaseProtocol]:
+        """A transport on a connected socket; one of ``ours`` is closed if there is no protocol."""
+        try:
+            sock.setblocking(False)
+            protocol = protocol_factory()
         except BaseException:
-            sock.close()
+            if ours:
+                sock.close()
             raise
+        transport = await self._open(group, protocol, sock)
+        if self.get_debug():
+            peer = transport.get_extra_info("peername")
+            logger.debug("connected to %r: (%r, %r)", peer, transport, protocol)
+        return cast(asyncio.Transport, transport), protocol
+
+    async def _open(
+        self, group: TransportGroup, protocol: asyncio.BaseProtocol, sock: socket.socket
+    ) -> Transport:
+        """A transport of this group, when its protocol has it; the socket belongs to it."""
         transport = group()
         opened = transport._open_for(protocol)
         try:
@@ -125,43 +265,150 @@ class Loop(uvloop.Loop):
             raise
         # Not before the caller has the transport, as asyncio promises.
         self.call_soon(transport._start_reading)
-        return cast(asyncio.Transport, transport), protocol
+        return transport
 
-    def _start_serving(
+    async def sock_connect(self, sock: socket.socket, address: Any) -> None:
+        """Connect a socket to an address, as asyncio's; every error of the system's names it.
+
+        Raises:
+            BlockingIOError: the backlog of a Unix listener is full.
+        """
+        _check_plain_socket(sock)
+        if self.get_debug() and sock.gettimeout() != 0:
+            raise ValueError("the socket must be non-blocking")
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            infos = await resolve(
+                self, address, family=sock.family, kind=sock.type, proto=sock.proto
+            )
+            address = infos[0][4]
+        try:
+            await connected(sock, address)
+        except OSError as error:
+            if error.errno is None:
+                raise
+            if sock.family == socket.AF_UNIX:
+                raise OSError(error.errno, os.strerror(error.errno), address) from None
+            raise OSError(error.errno, f"Connect call failed {address}") from None
+
+    # ── Serving ────────────────────────────────────────────────────────────────────────────────
+
+    async def create_server(  # type: ignore[override]
         self,
-        protocol_factory: Callable[[], asyncio.BaseProtocol],
-        sock: socket.socket,
-        sslcontext: ssl_module.SSLContext | None = None,
-        server: asyncio.AbstractServer | None = None,
+        protocol_factory: ProtocolFactory,
+        host: Any = None,
+        port: Any = None,
+        *,
+        family: int = socket.AF_UNSPEC,
+        flags: int = socket.AI_PASSIVE,
+        sock: socket.socket | None = None,
         backlog: int = 100,
+        ssl: ssl_module.SSLContext | None = None,
+        reuse_address: bool | None = None,
+        reuse_port: bool | None = None,
+        keep_alive: bool | None = None,
         ssl_handshake_timeout: float | None = None,
         ssl_shutdown_timeout: float | None = None,
-    ) -> None:
+        start_serving: bool = True,
+        context: contextvars.Context | None = None,
+    ) -> Server:
+        """Start a TCP server, as ``asyncio.loop.create_server`` of the newest Python."""
+        _check_server_tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
+        _check_plain_socket(sock)
         group = TransportGroup(
             state_of(self),
-            tls_context=sslcontext,
+            tls_context=ssl,
             server_side=True,
             protocol_factory=protocol_factory,
-            server=server,
             handshake_timeout=ssl_handshake_timeout,
             shutdown_timeout=ssl_shutdown_timeout,
+            context=context,
         )
-        self._serving[sock] = group, serve(self, group, sock, backlog)
-
-    def _stop_serving(self, sock: socket.socket) -> None:
-        inode = self._unix_server_sockets.pop(sock, None)
-        path = sock.getsockname() if inode is not None else None
-        serving = self._serving.pop(sock, None)
-        if serving is None:
-            sock.close()  # bound, and never served
+        if host is not None or port is not None:
+            if sock is not None:
+                raise ValueError("host/port and sock can not be specified at the same time")
+            infos = await self._server_addresses(host, port, family, flags)
+            sockets = _bind_all(
+                infos, reuse_address is not False, bool(reuse_port), bool(keep_alive)
+            )
+        elif sock is None:
+            raise ValueError("Neither host/port nor sock were specified")
         else:
-            group, server = serving
-            group.stopped = True
-            server.close()
+            _check_stream(sock)
+            sockets = [sock]
+        return await self._serve(group, sockets, backlog, start_serving)
+
+    async def _server_addresses(
+        self, host: Any, port: Any, family: int, flags: int
+    ) -> list[AddressInfo]:
+        if host == "":
+            hosts: Iterable[Any] = [None]
+        elif isinstance(host, (str, bytes)) or not isinstance(host, Iterable):
+            hosts = [host]
+        else:
+            hosts = host
+        found = await asyncio.gather(
+            *(self._resolved((host, port), family, 0, flags) for host in hosts)
+        )
+        return list(dict.fromkeys(chain.from_iterable(found)))
+
+    async def create_unix_server(  # type: ignore[override]
+        self,
+        protocol_factory: ProtocolFactory,
+        path: Any = None,
+        *,
+        sock: socket.socket | None = None,
+        backlog: int = 100,
+        ssl: ssl_module.SSLContext | None = None,
+        ssl_handshake_timeout: float | None = None,
+        ssl_shutdown_timeout: float | None = None,
+        start_serving: bool = True,
+        cleanup_socket: bool = sys.version_info >= (3, 13),
+        context: contextvars.Context | None = None,
+    ) -> Server:
+        """Start a server on a Unix socket, as asyncio's; ``cleanup_socket`` on every Python."""
+        _check_server_tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
+        group = TransportGroup(
+            state_of(self),
+            tls_context=ssl,
+            server_side=True,
+            protocol_factory=protocol_factory,
+            handshake_timeout=ssl_handshake_timeout,
+            shutdown_timeout=ssl_shutdown_timeout,
+            context=context,
+        )
         if path is not None:
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(path).st_ino == inode:
-                    os.unlink(path)
+            if sock is not None:
+                raise ValueError("path and sock can not be specified at the same time")
+            sock = _bind_unix(os.fspath(path))
+        elif sock is None:
+            raise ValueError("path was not specified, and no sock specified")
+        else:
+            _check_unix_stream(sock)
+        file = socket_file(sock.getsockname()) if cleanup_socket else None
+        return await self._serve(group, [sock], backlog, start_serving, file)
+
+    async def _serve(
+        self,
+        group: TransportGroup,
+        sockets: list[socket.socket],
+        backlog: int,
+        start_serving: bool,
+        file: SocketFile | None = None,
+    ) -> Server:
+        server = Server(self, sockets, group, backlog, file)
+        try:
+            for sock in sockets:
+                sock.setblocking(False)
+            if start_serving:
+                await server.start_serving()
+        except BaseException:
+            server.close()
+            raise
+        if self.get_debug():
+            logger.info("%r is serving", server)
+        return server
+
+    # ── TLS on a connection ────────────────────────────────────────────────────────────────────
 
     async def start_tls(
         self,
@@ -175,24 +422,16 @@ class Loop(uvloop.Loop):
         ssl_shutdown_timeout: float | None = None,
     ) -> asyncio.Transport:
         """Upgrade a connection to TLS, which returns the transport to use from here on."""
-        if (
-            type(transport) is not Transport
-            or not isinstance(sslcontext, ssl_module.SSLContext)
-            or transport.get_extra_info("sslcontext") is not None
-        ):
-            # Not ours, wrong, or TLS in TLS: asyncio's own works on any transport.
-            wrapped: asyncio.Transport = await _Base.start_tls(
-                self,
-                transport,
-                protocol,
-                sslcontext,
-                server_side=server_side,
-                server_hostname=server_hostname,
-                ssl_handshake_timeout=ssl_handshake_timeout,
-                ssl_shutdown_timeout=ssl_shutdown_timeout,
+        if not isinstance(sslcontext, ssl_module.SSLContext):
+            raise TypeError(
+                f"sslcontext is expected to be an instance of ssl.SSLContext, got {sslcontext!r}"
             )
-            return wrapped
-        done = transport._start_tls(
+        if not isinstance(transport, asyncio.Transport):
+            raise TypeError(f"transport {transport!r} is not supported by start_tls()")
+        inner: Any = transport
+        if type(inner) is not Transport or inner.get_extra_info("sslcontext") is not None:
+            inner = await bridge(self, transport)  # not ours, or TLS in TLS
+        done = inner._start_tls(
             protocol,
             sslcontext,
             server_side,
@@ -203,10 +442,12 @@ class Loop(uvloop.Loop):
         try:
             await done
         except BaseException:
-            transport._drop()
+            inner._drop()
             raise
-        self.call_soon(transport._start_reading)
-        return cast(asyncio.Transport, transport)
+        self.call_soon(inner._start_reading)
+        return cast(asyncio.Transport, inner)
+
+    # ── Sending files ──────────────────────────────────────────────────────────────────────────
 
     async def _sendfile_native(
         self, transport: Transport, file: Any, offset: int, count: int | None
@@ -253,15 +494,140 @@ class Loop(uvloop.Loop):
         return sent
 
 
+class _AsyncioDialler(Dialler):
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+
+    async def connect(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
+        # By the method, as asyncio: programs override it.
+        await self._loop.sock_connect(sock, address)
+
+    def not_connected(
+        self, address: tuple[Any, ...], local: tuple[Any, ...] | None, error: OSError
+    ) -> OSError:
+        return error  # names the address already
+
+    def not_bound(
+        self, address: tuple[Any, ...], local: tuple[Any, ...], error: OSError
+    ) -> OSError:
+        return _cannot_bind(local, error)
+
+    def no_local(self, address: tuple[Any, ...], family: int) -> OSError:
+        return OSError(f"no matching local address with family={family!r} found")
+
+
+def _cannot_bind(address: tuple[Any, ...], error: OSError) -> OSError:
+    return OSError(
+        error.errno,
+        f"error while attempting to bind on address {address!r}: {str(error).lower()}",
+    )
+
+
+def _bind_all(
+    infos: list[AddressInfo], reuse_address: bool, reuse_port: bool, keep_alive: bool
+) -> list[socket.socket]:
+    """A bound socket for each address that this machine has."""
+    if reuse_port and not hasattr(socket, "SO_REUSEPORT"):
+        raise ValueError("reuse_port not supported by socket module")
+    sockets: list[socket.socket] = []
+    try:
+        for info in infos:
+            try:
+                sock = bound(
+                    info,
+                    reuse_address=reuse_address,
+                    reuse_port=reuse_port,
+                    keep_alive=keep_alive,
+                )
+            except OSError as error:
+                failure = _cannot_bind(info[4], error)
+                # The machine has not that address, or no IPv6 (bpo-30945).
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise failure from None
+                logger.debug("create_server(): %s", failure)
+                continue
+            sockets.append(sock)
+        if not sockets:
+            raise OSError(f"could not bind on any address out of {[info[4] for info in infos]!r}")
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
+def _bind_unix(path: str | bytes) -> socket.socket:
+    """Bind a Unix socket, in the place of one whose file is there: asyncio does not ask whose."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path and path[0] not in (0, "\0"):
+            try:
+                if stat.S_ISSOCK(os.stat(path).st_mode):
+                    os.remove(path)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                # A folder may allow to make a socket, and no more than that.
+                logger.error("Unable to check or remove stale UNIX socket %r: %r", path, error)
+        sock.bind(path)
+    except OSError as error:
+        sock.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise OSError(error.errno, f"Address {path!r} is already in use") from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _check_stream(sock: socket.socket) -> None:
+    if sock.type != socket.SOCK_STREAM:
+        raise ValueError(f"A Stream Socket was expected, got {sock!r}")
+
+
+def _check_unix_stream(sock: socket.socket) -> None:
+    if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+        raise ValueError(f"A UNIX Domain Stream Socket was expected, got {sock!r}")
+
+
+def _check_plain_socket(sock: socket.socket | None) -> None:
+    if isinstance(sock, ssl_module.SSLSocket):
+        raise TypeError("Socket cannot be of type SSLSocket")
+
+
+def _check_tls_options(
+    ssl: object,
+    server_hostname: object,
+    handshake_timeout: float | None,
+    shutdown_timeout: float | None,
+) -> None:
+    if ssl:
+        return
+    for name, value in (
+        ("server_hostname", server_hostname),
+        ("ssl_handshake_timeout", handshake_timeout),
+        ("ssl_shutdown_timeout", shutdown_timeout),
+    ):
+        if value is not None:
+            raise ValueError(f"{name} is only meaningful with ssl")
+
+
+def _check_server_tls(
+    ssl: object, handshake_timeout: float | None, shutdown_timeout: float | None
+) -> None:
+    if isinstance(ssl, bool):
+        raise TypeError("ssl argument must be an SSLContext or None")
+    _check_tls_options(ssl, None, handshake_timeout, shutdown_timeout)
+
+
 def _tls_context(
-    ssl: ssl_module.SSLContext | bool | None, server_side: bool, server_hostname: str | None
+    ssl: ssl_module.SSLContext | bool | None, server_hostname: str | None
 ) -> ssl_module.SSLContext | None:
     if not ssl:
         return None
     if not isinstance(ssl, bool):
         return ssl
-    if server_side:
-        raise ValueError("Server side SSL needs a valid SSLContext")
     context = ssl_module.create_default_context()
     if not server_hostname:
         context.check_hostname = False
