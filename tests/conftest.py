@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import inspect
 import os
 import random
 import re
@@ -346,7 +347,7 @@ class Recorder:
                 self.received += arguments[0]
             return override(socket, *arguments) if override is not None else None
 
-        if asyncio.iscoroutinefunction(override):
+        if inspect.iscoroutinefunction(override):
 
             async def awaiting(socket: uvsock.Socket[Any], *arguments: Any) -> None:
                 await handler(socket, *arguments)

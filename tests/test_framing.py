@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import itertools
 import ssl
 import struct
@@ -811,7 +812,7 @@ async def frames_with(
         await handle(socket, frame)
 
     table = {
-        "data": handle_async if asyncio.iscoroutinefunction(data) else handle,
+        "data": handle_async if inspect.iscoroutinefunction(data) else handle,
         "close": lambda socket, error: closed.set_result(None),
         **others,
     }
