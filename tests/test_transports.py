@@ -949,6 +949,16 @@ async def test_a_duck_typed_buffered_protocol(tcp_net: Net) -> None:
     await until(lambda: client.received == b"more than ten bytes")
 
 
+async def test_a_protocol_of_both_kinds_is_buffered(net: Net) -> None:
+    class Both(asyncio.Protocol, Buffered):
+        def data_received(self, data: bytes) -> None:
+            raise AssertionError("not by data_received()")
+
+    client, server = await net.pair(Both)
+    server.transport.write(b"more than ten bytes")
+    await until(lambda: client.received == b"more than ten bytes")
+
+
 # ── Ending ─────────────────────────────────────────────────────────────────────────────────────
 
 

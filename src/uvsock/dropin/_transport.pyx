@@ -46,6 +46,7 @@ cdef frozenset ABOUT_TLS = frozenset({
     "ssl_object", "sslcontext", "peercert", "cipher", "compression",
 })
 cdef object Protocol = asyncio.Protocol
+cdef object BufferedProtocol = asyncio.BufferedProtocol
 cdef tuple ENDING_THE_RUN = (KeyboardInterrupt, SystemExit)
 
 
@@ -273,8 +274,10 @@ cdef class Transport(Stream):
     cdef int _use(self, object protocol) except -1:
         self.protocol = protocol
         self.compiled = protocol if isinstance(protocol, CompiledProtocol) else None
-        # By what it has, not by its base class: programs derive from BaseProtocol only.
-        if not isinstance(protocol, Protocol) and hasattr(protocol, "get_buffer"):
+        # By its base class, and by what it has: programs derive from both, or from BaseProtocol only.
+        if isinstance(protocol, BufferedProtocol) or (
+            not isinstance(protocol, Protocol) and hasattr(protocol, "get_buffer")
+        ):
             self.get_buffer = protocol.get_buffer
             self.buffer_updated = protocol.buffer_updated
         else:
