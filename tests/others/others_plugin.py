@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,10 +58,19 @@ class Others:
         self.only: list[str] = task["only"]
         self.left_out: list[str] = task["left_out"]
         self.report = Path(task["report"]).open("w", buffering=1)  # noqa: SIM115
-        # asyncio.new_event_loop(), asyncio.run() and asyncio.Runner() come here all.
-        policy: Any = asyncio.DefaultEventLoopPolicy
-        policy._loop_factory = staticmethod(self.new_loop)
+        self.make_loops(self.new_loop)
         getattr(self, f"prepare_{self.suite}", lambda: None)()
+
+    @staticmethod
+    def make_loops(factory: Callable[[], Loop]) -> None:
+        """asyncio.new_event_loop(), asyncio.run() and asyncio.Runner() come to this all.
+
+        The class of the policy, because suites set the default one, which makes it anew.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            policy: Any = type(asyncio.get_event_loop_policy())
+        policy.new_event_loop = lambda policy: factory()
 
     def say(self, **what: object) -> None:
         # At once: what a crash leaves tells where it was.
@@ -82,8 +93,7 @@ class Others:
             loop._default_executor = None
             return loop  # type: ignore[no-any-return]
 
-        policy: Any = asyncio.DefaultEventLoopPolicy
-        policy._loop_factory = staticmethod(closeable)
+        self.make_loops(closeable)
 
     def prepare_cpython_streams(self) -> None:
         import asyncio.streams
@@ -111,7 +121,14 @@ class Others:
         from uvloop import _testbase
 
         _testbase.UVTestCase.new_loop = lambda case: self.new_loop()
-        _testbase.UVTestCase.new_policy = lambda case: asyncio.DefaultEventLoopPolicy()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            policy = asyncio.DefaultEventLoopPolicy
+        _testbase.UVTestCase.new_policy = lambda case: policy()
+
+    def prepare_aiofastnet(self) -> None:
+        # Its tests then call the loop's methods, not its own functions.
+        os.environ["NO_AIOFN"] = "1"
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(
@@ -187,5 +204,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--others", metavar="FILE", help="what to run, as JSON")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Others(json.loads(Path(config.option.others).read_text())))
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Before the suite's conftest.py, which may make a loop."""
+    task = json.loads(Path(early_config.known_args_namespace.others).read_text())
+    early_config.pluginmanager.register(Others(task))
