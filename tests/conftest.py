@@ -9,6 +9,7 @@ import inspect
 import os
 import random
 import re
+import signal
 import socket
 import ssl
 import subprocess
@@ -29,6 +30,10 @@ from uvsock._socket import live_sockets
 from uvsock._stream import state_of
 
 SERVER_NAME = "uvsock.test"
+
+# What a shell starts in the background ignores SIGINT, and so would each program that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # libuv opens a pipe for the whole process with the first loop: not a descriptor that a test leaked.
 uvloop.new_event_loop().close()
