@@ -653,6 +653,9 @@ def install() -> None:
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        policy = uvloop.EventLoopPolicy()
-        policy._loop_factory = new_event_loop
-        asyncio.set_event_loop_policy(policy)
+
+        class EventLoopPolicy(uvloop.EventLoopPolicy):  # type: ignore[misc]
+            def new_event_loop(self) -> Loop:
+                return new_event_loop()
+
+        asyncio.set_event_loop_policy(EventLoopPolicy())
