@@ -8,7 +8,6 @@ import pytest
 
 from tests.others import __main__ as others
 
-
 UNKNOWN_WARNING = "filterwarnings =\n  error\n  ignore::not_there.Warning"
 
 

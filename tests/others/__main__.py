@@ -180,9 +180,7 @@ def read(report: Path) -> dict[str, tuple[str, str]]:
     return tests
 
 
-def problems(
-    suite: Suite, outcome: Outcome, listed: list[Entry], *, whole: bool
-) -> Iterator[str]:
+def problems(suite: Suite, outcome: Outcome, listed: list[Entry], *, whole: bool) -> Iterator[str]:
     """What is not as expected.toml says."""
     ran = {test: what for test, (what, _) in outcome.tests.items() if what in ("passed", "failed")}
     # 5: there was no test to run, which is what was asked for if it is written down.
