@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import AsyncMock
@@ -1106,3 +1108,195 @@ async def test_the_error_handler_of_open_can_reply(wire: Wire, asynchronous: boo
         assert await soon(reader.read()) == b"sorry"
         writer.close()
     assert written == [5]
+
+
+# ── What can be awaited is awaited ─────────────────────────────────────────────────────────────
+
+
+class Awaitable:
+    """An object that is neither a coroutine nor a Future."""
+
+    def __init__(self, coroutine: Any) -> None:
+        self.coroutine = coroutine
+
+    def __await__(self) -> Any:
+        return (yield from self.coroutine.__await__())
+
+
+@types.coroutine
+def generated(coroutine: Any) -> Any:
+    return (yield from coroutine)
+
+
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "coroutine": lambda coroutine: coroutine,
+    "task": asyncio.ensure_future,
+    "gathered": lambda coroutine: asyncio.gather(coroutine),
+    "object": Awaitable,
+    "generator": generated,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_what_a_plain_handler_returns_is_awaited(wire: Wire, way: str) -> None:
+    """Whatever it is: its socket's next event waits, and what it raises goes to `error`."""
+    journal = Journal()
+    trouble = Trouble()
+
+    def decorated(name: str) -> Callable[..., Any]:
+        async def handler(socket: uvsock.Socket[Any], *arguments: Any) -> None:
+            await journal.handler(name)(socket, *arguments)
+            if name == "data":
+                raise trouble
+            if name == "error":
+                assert arguments == (trouble,)
+
+        return lambda *arguments: WAYS[way](handler(*arguments))
+
+    names = ["open", "data", "error", "end", "close"]
+    if wire.encrypted:
+        names.insert(0, "handshake")
+    listener = await wire.listen({name: decorated(name) for name in names})
+    client = await wire.connect(listener, {"data": ignore})
+    client.end(b"x")
+    await soon(client.wait_closed())
+    await until(lambda: "close ends" in journal.entries)
+    assert journal.entries == [text for name in names for text in (f"{name} begins", f"{name} ends")]
+    assert journal.received == b"x"
+    await stopped(listener)
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_decorated_timeout_and_drain_are_awaited(tcp_wire: Wire, way: str) -> None:
+    journal = Journal()
+
+    def decorated(name: str) -> Callable[..., Any]:
+        return lambda *arguments: WAYS[way](journal.handler(name)(*arguments))
+
+    def opened(socket: uvsock.Socket[Any]) -> None:
+        socket.timeout(0.005)
+        while socket.write(bytes(100_000)) == 100_000:
+            pass
+
+    table = {"open": opened, "timeout": decorated("timeout"), "drain": decorated("drain")}
+    listener = await tcp_wire.listen(table)
+    client = await tcp_wire.connect(listener, {"data": ignore})
+    await until(lambda: {"timeout ends", "drain ends"} <= set(journal.entries))
+    assert journal.most == 1
+    client.end()
+    await stopped(listener)
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_decorated_connect_error_is_awaited(way: str) -> None:
+    told: list[Any] = []
+
+    async def tell(socket: uvsock.Socket[Any], error: OSError) -> None:
+        await pause()
+        told.append(error)
+
+    table = {"data": ignore, "connect_error": lambda *arguments: WAYS[way](tell(*arguments))}
+    with pytest.raises(ConnectionRefusedError) as raised:
+        await uvsock.connect(table, "127.0.0.1", unused_port("127.0.0.1"))
+    assert told == [raised.value]
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_connect_waits_for_a_decorated_open(tcp_wire: Wire, way: str) -> None:
+    journal = Journal()
+    listener = await tcp_wire.listen({"data": ignore})
+    client = await tcp_wire.connect(
+        listener,
+        {"data": ignore, "open": lambda socket: WAYS[way](journal.handler("open")(socket))},
+    )
+    assert journal.entries == ["open begins", "open ends"]
+    client.end()
+    await stopped(listener)
+
+
+async def test_a_returned_future_that_is_cancelled_ends_its_handler(tcp_wire: Wire) -> None:
+    future = asyncio.get_running_loop().create_future()
+    recorder = Recorder(data=lambda socket, data: future)
+    listener = await tcp_wire.listen(recorder.table())
+    client = await tcp_wire.connect(listener, {"data": ignore})
+    client.end(b"x")
+    await until(lambda: "data" in recorder.events)
+    await pause()
+    assert "end" not in recorder.events
+    future.cancel()
+    await soon(client.wait_closed())
+    await until(lambda: "close" in recorder.events)
+    assert [type(error) for error in recorder.errors] == [asyncio.CancelledError]
+    await stopped(listener)
+
+
+# ── Context variables ──────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_an_async_handler_sets_in_its_context_is_its_own(wire: Wire) -> None:
+    tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="none")
+    began: list[str] = []
+    seen: list[tuple[str, str]] = []
+    both = asyncio.Event()
+
+    async def data(socket: uvsock.Socket[Any], chunk: bytes) -> None:
+        began.append(tenant.get())
+        tenant.set(chunk.decode())
+        if len(began) == 2:
+            both.set()
+        await soon(both.wait())
+        seen.append((chunk.decode(), tenant.get()))
+
+    listener = await wire.listen({"data": data, "end": lambda socket: began.append(tenant.get())})
+    clients = [await wire.connect(listener, {"data": ignore}) for _ in "AB"]
+    for client, name in zip(clients, "AB", strict=True):
+        client.end(name)
+    await until(lambda: len(seen) == 2 and len(began) == 4)
+    assert sorted(seen) == [("A", "A"), ("B", "B")]
+    assert began == ["none"] * 4
+    await stopped(listener)
+
+
+@pytest.mark.parametrize("side", ["listener", "client"])
+async def test_an_async_handler_sees_what_its_decorator_has_set(tcp_wire: Wire, side: str) -> None:
+    request: contextvars.ContextVar[str] = contextvars.ContextVar("request", default="none")
+    seen: list[str] = []
+
+    def traced(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(socket: uvsock.Socket[Any], data: bytes) -> Any:
+            request.set(data.decode())
+            return function(socket, data)
+
+        return call
+
+    @traced
+    async def received(socket: uvsock.Socket[Any], data: bytes) -> None:
+        await pause(0)
+        seen.append(request.get())
+
+    here = {"data": received}
+    there = {"data": ignore, "open": lambda socket: socket.write(b"traced")}
+    listener = await tcp_wire.listen(here if side == "listener" else there)
+    client = await tcp_wire.connect(listener, there if side == "listener" else here)
+    await until(lambda: seen)
+    assert seen == ["traced"]
+    client.end()
+    await stopped(listener)
+
+
+async def test_a_data_factory_has_a_context_of_its_own(tcp_wire: Wire) -> None:
+    tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="none")
+    seen: list[str] = []
+
+    def factory() -> None:
+        seen.append(tenant.get())
+        tenant.set("somebody")
+
+    listener = await tcp_wire.listen({"data": ignore}, data_factory=factory)
+    clients = [await tcp_wire.connect(listener, {"data": ignore}) for _ in range(3)]
+    await until(lambda: len(seen) == 3)
+    assert seen == ["none"] * 3
+    for client in clients:
+        client.end()
+    await stopped(listener)

@@ -16,13 +16,11 @@ cdef class Handlers:
     cdef readonly object error
     cdef readonly object close
     cdef readonly object connect_error
-    # One bit per Event: that callable is an `async def`.
-    cdef unsigned int _awaitable
 
     cdef object _pick(self, str name, object handler)
-    # One method per event, called through C; a compiled table overrides those it wants. They return
-    # None when done, a coroutine to be awaited before the socket's next event, NotImplemented where
-    # the table has no such handler.
+    # One method per event, called through C; a compiled table overrides those it wants. What they
+    # return is awaited before the socket's next event if it can be, and ignored otherwise, but for
+    # NotImplemented: the table has no such handler.
     cdef object on_open(self, object socket)
     cdef object on_data(self, object socket, object data)
     cdef object on_drain(self, object socket)
@@ -35,3 +33,4 @@ cdef class Handlers:
 
 
 cdef str event_name(int event)
+cdef bint is_awaitable(object result) except -1

@@ -1,36 +1,56 @@
 """The table of handlers that a listener's sockets, or a connection, share."""
 
-import asyncio.coroutines
-import inspect
 from collections.abc import Mapping
+
+cdef extern from *:
+    """
+    static int uvs_is_awaitable(PyObject *object) {
+        PyAsyncMethods *methods = Py_TYPE(object)->tp_as_async;
+        if (methods != NULL && methods->am_await != NULL)
+            return 1;
+        if (!PyGen_CheckExact(object))
+            return 0;
+        /* of a function that types.coroutine() has made one */
+        PyObject *code = PyObject_GetAttrString(object, "gi_code");
+        if (code == NULL)
+            return -1;
+        int flags = ((PyCodeObject *)code)->co_flags;
+        Py_DECREF(code);
+        return (flags & CO_ITERABLE_COROUTINE) != 0;
+    }
+    """
+    bint uvs_is_awaitable(object) except -1
 
 cdef tuple NAMES = (
     "open", "data", "drain", "end", "timeout", "handshake", "error", "close", "connect_error",
 )
 cdef frozenset KNOWN = frozenset(NAMES)
-# Cython's functions have True where asyncio has no mark.
-cdef object MARK = getattr(asyncio.coroutines, "_is_coroutine", True)
 
 
 cdef str event_name(int event):
     return NAMES[event]
 
 
-cdef bint _is_async(object handler):
-    """Whether a call gives a coroutine: functions, methods, partials, objects, Cython's."""
-    return (
-        inspect.iscoroutinefunction(handler)
-        or inspect.iscoroutinefunction(getattr(type(handler), "__call__", None))
-        # Functions compiled by Cython carry this mark instead of a code flag.
-        or getattr(handler, "_is_coroutine", None) is MARK
-    )
+cdef bint is_awaitable(object result) except -1:
+    """Whether ``await`` takes what a handler returned, whoever made it."""
+    return uvs_is_awaitable(result)
+
+
+async def _awaited(awaitable):
+    return await awaitable
+
+
+cdef inline object _heard(object result):
+    """What a handler returned: NotImplemented would say that there is none."""
+    return None if result is NotImplemented else result
 
 
 cdef class Handlers:
     """The handlers of a listener or a connection, checked once and shared by all its sockets.
 
-    Each argument is a callable, an ``async def`` or ``None`` for an event that is not handled; at
-    least ``data`` or ``drain`` must be given. A table does not change after it is built.
+    Each argument is a callable or ``None`` for an event that is not handled; at least ``data`` or
+    ``drain`` must be given. What a handler returns is awaited where it can be, so an ``async def``
+    will do, decorated or not. A table does not change after it is built.
 
     Raises:
         TypeError: a handler is not callable, or both ``data`` and ``drain`` are missing.
@@ -47,8 +67,7 @@ cdef class Handlers:
         self.error = self._pick("error", error)
         self.close = self._pick("close", close)
         self.connect_error = self._pick("connect_error", connect_error)
-        self._awaitable = 0
-        for event, name in enumerate(NAMES):
+        for name in NAMES:
             handler = getattr(self, name)
             if handler is None:
                 continue
@@ -56,8 +75,6 @@ cdef class Handlers:
                 raise TypeError(
                     f"handlers: {name!r} must be callable or None, not {type(handler).__name__}"
                 )
-            if _is_async(handler):
-                self._awaitable |= 1u << <unsigned int>event
         # A compiled subclass handles its events by overriding the on_ methods instead.
         if type(self) is Handlers and data is None and drain is None:
             raise TypeError("handlers: at least 'data' or 'drain' must be given")
@@ -75,61 +92,52 @@ cdef class Handlers:
     cdef object on_open(self, object socket):
         if self.open is None:
             return NotImplemented
-        result = self.open(socket)
-        return result if self._awaitable & (1u << OPEN) else None
+        return _heard(self.open(socket))
 
     cdef object on_data(self, object socket, object data):
         if self.data is None:
             return NotImplemented
-        result = self.data(socket, data)
-        return result if self._awaitable & (1u << DATA) else None
+        return _heard(self.data(socket, data))
 
     cdef object on_drain(self, object socket):
         if self.drain is None:
             return NotImplemented
-        result = self.drain(socket)
-        return result if self._awaitable & (1u << DRAIN) else None
+        return _heard(self.drain(socket))
 
     cdef object on_end(self, object socket):
         if self.end is None:
             return NotImplemented
-        result = self.end(socket)
-        return result if self._awaitable & (1u << END) else None
+        return _heard(self.end(socket))
 
     cdef object on_timeout(self, object socket):
         if self.timeout is None:
             return NotImplemented
-        result = self.timeout(socket)
-        return result if self._awaitable & (1u << TIMEOUT) else None
+        return _heard(self.timeout(socket))
 
     cdef object on_handshake(self, object socket, bint success, object error):
         if self.handshake is None:
             return NotImplemented
-        result = self.handshake(socket, success, error)
-        return result if self._awaitable & (1u << HANDSHAKE) else None
+        return _heard(self.handshake(socket, success, error))
 
     cdef object on_error(self, object socket, object error):
         if self.error is None:
             return NotImplemented
-        result = self.error(socket, error)
-        return result if self._awaitable & (1u << ERROR) else None
+        return _heard(self.error(socket, error))
 
     cdef object on_close(self, object socket, object error):
         if self.close is None:
             return NotImplemented
-        result = self.close(socket, error)
-        return result if self._awaitable & (1u << CLOSE) else None
+        return _heard(self.close(socket, error))
 
     cdef object on_connect_error(self, object socket, object error):
         if self.connect_error is None:
             return NotImplemented
-        result = self.connect_error(socket, error)
-        return result if self._awaitable & (1u << CONNECT_ERROR) else None
+        return _heard(self.connect_error(socket, error))
 
     def _call_connect_error(self, socket, error):
-        """Call ``connect_error``: a coroutine to await where it is ``async def``, else None."""
+        """Call ``connect_error``: a coroutine to await where it returns what can be, else None."""
         result = self.on_connect_error(socket, error)
-        return None if result is NotImplemented else result
+        return _awaited(result) if is_awaitable(result) else None
 
 
 def as_handlers(value):

@@ -46,7 +46,7 @@ cdef class Socket(Stream):
     cdef int _call(self, int event, object argument) except -1
     cdef int _warn_of_short_write(self) except -1
     @cython.final
-    cdef int _start(self, int event, object coroutine) except -1
+    cdef int _start(self, int event, object awaitable) except -1
     @cython.final
     cdef int _returned(self, int event, object failure, bint absent) except -1
     @cython.final

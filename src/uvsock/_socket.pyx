@@ -19,7 +19,7 @@ from libc.math cimport INFINITY
 
 from uvsock._framing cimport AS_BYTEARRAY, AS_BYTES, AS_MEMORYVIEW, Framer, FrameReader
 from uvsock._handlers cimport (
-    CLOSE, DATA, DRAIN, END, ERROR, HANDSHAKE, OPEN, TIMEOUT, Handlers, event_name,
+    CLOSE, DATA, DRAIN, END, ERROR, HANDSHAKE, OPEN, TIMEOUT, Handlers, event_name, is_awaitable,
 )
 from uvsock._stream cimport (
     CLOSED, CLOSING, CONNECTING, ENDING, ESTABLISHED,
@@ -33,6 +33,7 @@ from uvsock._handlers import as_handlers
 from uvsock._options import check_flag, check_seconds
 
 cdef extern from "Python.h":
+    bint PyCoro_CheckExact(object)
     const char* PyUnicode_AsUTF8AndSize(object text, Py_ssize_t* size) except NULL
     long PyLong_AsLongAndOverflow(object number, int* overflow) except? -1
 
@@ -177,7 +178,7 @@ cdef class Socket(Stream):
         if group.data_factory is None:
             return 0
         try:
-            self.data = group.context.run(group.data_factory)
+            self.data = group.context.copy().run(group.data_factory)
         except BaseException as error:
             self._enter(LEAVING)
             if isinstance(error, ENDING_THE_RUN):
@@ -211,7 +212,7 @@ cdef class Socket(Stream):
 
     cdef int on_data(self, object data) except -1:
         result = self.table().on_data(self, data)
-        if result is None or result is NotImplemented:
+        if result is None or result is NotImplemented or not is_awaitable(result):
             return 0
         return self._start(DATA, result)
 
@@ -333,7 +334,7 @@ cdef class Socket(Stream):
                 result = table.on_close(self, self.error)
         except BaseException as error:
             failure = error
-        if result is not None and result is not NotImplemented:
+        if result is not None and result is not NotImplemented and is_awaitable(result):
             return self._start(event, result)
         if event == DRAIN and result is NotImplemented:
             self.short_unanswered = unanswered
@@ -357,10 +358,15 @@ cdef class Socket(Stream):
             })
         return 0
 
-    cdef int _start(self, int event, object coroutine) except -1:
+    cdef int _start(self, int event, object awaitable) except -1:
         """Run an async handler; no other handler of this socket runs until it is done."""
         try:
-            task = self.state.loop.create_task(coroutine, context=self.group.context)
+            # Without a context the task copies the one that its handler was called in: what it sets
+            # is seen by nobody else, and it sees what a decorator has set.
+            if PyCoro_CheckExact(awaitable):
+                task = self.state.loop.create_task(awaitable)
+            else:
+                task = asyncio.ensure_future(awaitable, loop=self.state.loop)
         except BaseException as error:
             return self._returned(event, error, False)
         self.busy = True

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeAlias, TypedDict
 from uvsock._handlers import Handlers
 from uvsock._socket import Socket
 
-# Each may be an `async def`: what it returns is then awaited, and otherwise ignored.
+# What they return is awaited if it can be, as of an `async def`, and ignored otherwise.
 SocketHandler: TypeAlias = Callable[[Socket[Any]], object]
 # `binary_type` decides which of the three it is called with.
 DataHandler: TypeAlias = (

@@ -1,6 +1,7 @@
 """asyncio's streams, compiled: what runs for each message, and for each read of a socket."""
 
 import asyncio
+import inspect
 import sys
 import weakref
 from asyncio import CancelledError, IncompleteReadError, LimitOverrunError
@@ -855,7 +856,8 @@ cdef class StreamProtocol(CompiledProtocol):
     Args:
         stream_reader: where the bytes go. Only a weak reference is kept, but for a server's until
             it is connected.
-        client_connected_cb: of a server, called with reader and writer; a coroutine becomes a task.
+        client_connected_cb: of a server, called with reader and writer; what can be awaited of what
+            it returns becomes a task.
         loop: None for the running loop.
     """
 
@@ -909,8 +911,8 @@ cdef class StreamProtocol(CompiledProtocol):
         if KEEP_WRITER:
             self._stream_writer = writer
         started = self._client_connected_cb(reader, writer)
-        if asyncio.iscoroutine(started):
-            self._task = self._loop.create_task(started)
+        if started is not None and inspect.isawaitable(started):
+            self._task = asyncio.ensure_future(started, loop=self._loop)
             self._task.add_done_callback(self._task_done)
             if isinstance(transport, Transport):
                 # For what the task writes at once: scheduled later, it takes an iteration more.
