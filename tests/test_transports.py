@@ -1945,3 +1945,146 @@ async def test_lines_by_asyncios_streams(net: Net) -> None:
     assert [await soon(reader.readline()) for _ in range(2)] == [b"ONE\n", b"TWO\n"]
     writer.close()
     await soon(writer.wait_closed())
+
+
+# ── Context variables ──────────────────────────────────────────────────────────────────────────
+
+
+class BufferedRecorder(asyncio.BufferedProtocol):
+    """The same as Recorder, for a buffered protocol."""
+
+    buffer = bytearray(100)
+    __init__ = Recorder.__init__  # type: ignore[assignment]
+    _call = Recorder._call
+    connection_made = Recorder.connection_made
+    pause_writing = Recorder.pause_writing
+    resume_writing = Recorder.resume_writing
+    eof_received = Recorder.eof_received
+    connection_lost = Recorder.connection_lost
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        Recorder.data_received(self, bytes(self.buffer[:nbytes]))  # type: ignore[arg-type]
+
+
+@uvsock_only
+@pytest.mark.parametrize("kind", [Recorder, BufferedRecorder])
+async def test_what_a_connection_sets_in_its_context_is_its_own(net: Net, kind: type[Any]) -> None:
+    """Each call of its protocol sees what the calls before it have set, and nobody else does."""
+    path: contextvars.ContextVar[str] = contextvars.ContextVar("path", default="")
+    paths: dict[Any, list[str]] = {}
+
+    def note(step: str) -> Callable[..., None]:
+        def call(protocol: Any, *arguments: Any) -> None:
+            path.set(path.get() + step)
+            paths.setdefault(protocol, []).append(path.get())
+
+        return call
+
+    steps = {"made": "m", "data": "d", "pause": "p", "resume": "r", "eof": "e", "lost": "l"}
+
+    def factory() -> Any:
+        path.set(path.get() + "f")
+        return kind(**{event: note(step) for event, step in steps.items()})
+
+    path.set(">")
+    await net.serve(factory)
+    clients = []
+    for _ in range(3):
+        transport, client = await net.connect(lambda: Recorder(made=note("m"), lost=note("l")))
+        transport.write(b"x")
+        await until(lambda: len(paths) == 2 * len(clients) + 2)
+        clients.append(client)
+    servers = [protocol for protocol in paths if protocol not in clients]
+    await until(lambda: all(">fmd" in paths[server] for server in servers))
+    for server in servers:
+        server.transport.set_write_buffer_limits(high=1000)
+        while "pause" not in server.events:
+            server.transport.write(bytes(100_000))
+    await until(lambda: all(">fmdpr" in paths[server] for server in servers))
+    for client in clients:
+        client.transport.close()
+        await soon(client.lost)
+    for server in servers:
+        await soon(server.lost)
+        assert paths[server] == [">fmdpre"[: 3 + n] for n in range(5)] + [">fmdprel"]
+    assert [paths[client] for client in clients] == [[">m", ">ml"]] * 3
+    assert path.get() == ">"
+
+
+@uvsock_only
+async def test_what_an_sni_callback_sets_is_its_connections(tls_net: Net) -> None:
+    asked: contextvars.ContextVar[str] = contextvars.ContextVar("asked", default="")
+    seen: list[str] = []
+
+    def choose(sslobj: Any, name: str, context: Any) -> None:
+        seen.append(asked.get())
+        asked.set(name)
+
+    context = tls_net.authority.server_context()
+    context.sni_callback = choose
+    factory = functools.partial(Recorder, made=lambda *_: seen.append(asked.get()))
+    await tls_net.serve(factory, ssl=context)
+    for _ in range(2):
+        await tls_net.connect(Recorder)
+    await until(lambda: len(seen) == 4)
+    assert seen == ["", SERVER_NAME] * 2
+
+
+@uvsock_only
+async def test_what_a_streams_callback_sets_is_its_connections(net: Net) -> None:
+    tenant: contextvars.ContextVar[str] = contextvars.ContextVar("tenant", default="none")
+    seen: list[str] = []
+
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Any:
+        seen.append(tenant.get())
+        tenant.set("callback")
+        return asyncio.ensure_future(serve(reader, writer))
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(tenant.get())
+        tenant.set("task")
+        await reader.read()
+        writer.close()
+
+    options: dict[str, Any] = {}
+    if net.encrypted:
+        options["ssl"] = net.authority.server_context()
+    if net.kind == "unix":
+        server = await uvsock.start_unix_server(connected, net.path, **options)
+    else:
+        server = await uvsock.start_server(connected, "127.0.0.1", 0, **options)
+    net.servers.append(server)
+    for _ in range(3):
+        _, client = await net.connect(Recorder)
+        client.transport.write(b"x")
+    await until(lambda: len(seen) == 6)
+    for transport in net.transports:
+        transport.close()
+    assert seen == ["none", "callback"] * 3
+
+
+@uvsock_only
+async def test_a_stream_that_its_callback_waits_for_otherwise(net: Net) -> None:
+    """What fails in it is told as for a coroutine, and the connection closed."""
+
+    class Serving:
+        def __init__(self, writer: asyncio.StreamWriter) -> None:
+            self.writer = writer
+
+        def __await__(self) -> Any:
+            self.writer.write(b"served")
+            yield from asyncio.sleep(0).__await__()
+            self.writer.close()
+
+    options: dict[str, Any] = {"ssl": net.authority.server_context()} if net.encrypted else {}
+    if net.kind == "unix":
+        server = await uvsock.start_unix_server(lambda r, w: Serving(w), net.path, **options)
+    else:
+        server = await uvsock.start_server(lambda r, w: Serving(w), "127.0.0.1", 0, **options)
+    net.servers.append(server)
+    _, client = await net.connect(Recorder)
+    await soon(client.lost)
+    assert client.received == b"served"

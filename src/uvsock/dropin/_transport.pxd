@@ -1,6 +1,8 @@
 # asyncio's transports on the socket core. A transport is the Stream itself: it calls asyncio's
 # protocol where a Socket calls handlers.
 
+cimport cython
+
 from uvsock._stream cimport Stream, StreamGroup
 
 
@@ -20,6 +22,7 @@ cdef class Transport(Stream):
     cdef object __weakref__
     cdef dict __dict__                  # methods can be replaced, as programs and tests do
     cdef object protocol
+    cdef object context                 # its own copy of the group's; None until there is a call
     cdef object get_buffer              # of a BufferedProtocol, else None
     cdef object buffer_updated
     cdef bytes rest                     # received, and not taken by a BufferedProtocol that paused
@@ -36,6 +39,7 @@ cdef class Transport(Stream):
     cdef unsigned char much             # a read has brought much at once
     cdef unsigned char faced            # uvloop reads into a buffer, by a BufferedFace
     cdef unsigned char writing_paused
+    cdef unsigned char inside           # a call of the protocol runs, in that context
 
     cdef int write_from(self, const char* data, Py_ssize_t size, bytes owner) except -1
     cdef int _write(self, const char* data, Py_ssize_t size, bytes owner) except -1
@@ -44,6 +48,12 @@ cdef class Transport(Stream):
     cdef int _leave_write(self, bint at_once) except -1
     cdef int flush(self) except -1
     cdef int _use(self, object protocol) except -1
+    @cython.final
+    cdef object _enter_context(self)
+    @cython.final
+    cdef int _leave_context(self, object context) except -1
+    @cython.final
+    cdef object _call(self, object method, object argument)
     cdef int _face(self) except -1
     cdef object _lend(self)
     cdef int _settle_later(self) except -1

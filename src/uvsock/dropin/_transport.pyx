@@ -18,6 +18,10 @@ from uvsock._stream cimport (
     CLOSING, ENDING, ESTABLISHED, LEAVING, ReadBuffer, Stream, StreamGroup, shut_both,
 )
 
+cdef extern from "Python.h":
+    int PyContext_Enter(object context) except -1
+    int PyContext_Exit(object context) except -1
+
 cdef extern from *:
     """
     /* The interpreter makes another with the first attribute that is set. */
@@ -47,6 +51,7 @@ cdef frozenset ABOUT_TLS = frozenset({
 })
 cdef object Protocol = asyncio.Protocol
 cdef object BufferedProtocol = asyncio.BufferedProtocol
+cdef object NOTHING = object()
 cdef tuple ENDING_THE_RUN = (KeyboardInterrupt, SystemExit)
 
 
@@ -184,6 +189,37 @@ cdef class Transport(Stream):
                          f"bufsize={self.pending()}>")
         return f"<{' '.join(parts)}>"
 
+    # ── Calling the protocol ───────────────────────────────────────────────────────────────────
+
+    # As on asyncio, what a connection sets in its context is seen by itself alone. uvloop runs all
+    # connections of a server in one, so each has a copy, and each call enters it. A compiled
+    # protocol, which calls nothing of the program's when data comes, gets that without.
+
+    cdef object _enter_context(self):
+        """A call begins: what `_leave_context` is to be given when it is over."""
+        if self.inside:
+            return None  # within another call, as pause_writing() of a write in data_received()
+        if self.context is None:
+            self.context = self.group.context.copy()
+        context = self.context
+        PyContext_Enter(context)
+        self.inside = True
+        return context
+
+    cdef int _leave_context(self, object context) except -1:
+        if context is None:
+            return 0
+        self.inside = False
+        return PyContext_Exit(context)
+
+    cdef object _call(self, object method, object argument):
+        """Call a method of the protocol with this argument, or NOTHING."""
+        context = self._enter_context()
+        try:
+            return method() if argument is NOTHING else method(argument)
+        finally:
+            self._leave_context(context)
+
     # ── Opening ────────────────────────────────────────────────────────────────────────────────
 
     def _open_for(self, protocol):
@@ -212,7 +248,7 @@ cdef class Transport(Stream):
         if group.protocol_factory is None:
             return 0
         try:
-            self._use(group.protocol_factory())
+            self._use(self._call(group.protocol_factory, NOTHING))
         except BaseException as error:
             self._enter(LEAVING)
             if isinstance(error, ENDING_THE_RUN):
@@ -228,7 +264,7 @@ cdef class Transport(Stream):
         self.opened = True
         self.busy = self.opening is not None
         try:
-            self.protocol.connection_made(self)
+            self._call(self.protocol.connection_made, self)
         except BaseException as error:
             if isinstance(error, ENDING_THE_RUN):
                 self.state.loop.call_soon(_raise_again, error)
@@ -240,6 +276,8 @@ cdef class Transport(Stream):
                 return self.begin_abort(error, False)
             else:
                 self._report("protocol.connection_made() failed", error)
+        if self.compiled is not None:
+            self.context = None  # an idle stream can do without
         if self.phase < LEAVING:
             self._face()
         return self._opened(None)
@@ -254,6 +292,13 @@ cdef class Transport(Stream):
             else:
                 opening.set_exception(error)
         return 0
+
+    cdef int _continue_handshake(self) except -1:
+        context = self._enter_context()  # an SNI callback is the program's too
+        try:
+            return Stream._continue_handshake(self)
+        finally:
+            self._leave_context(context)
 
     cdef int on_handshake(self, bint success, object error) except -1:
         if success:
@@ -318,7 +363,7 @@ cdef class Transport(Stream):
         lender = self.buffer_updated
         self.lending = True
         try:
-            lent = self.get_buffer(-1)
+            lent = self._call(self.get_buffer, -1)
             if not _writable_size(lent):
                 raise RuntimeError("get_buffer() returned an empty buffer")
         except BaseException as error:
@@ -364,7 +409,7 @@ cdef class Transport(Stream):
         self.bytes_read += n
         self.turn += 1
         try:
-            lender(n)
+            self._call(lender, n)
         except BaseException as error:
             self._failed("buffer_updated", error)
         finally:
@@ -391,10 +436,14 @@ cdef class Transport(Stream):
                 self.much = True
                 self._face()
             return 0
-        if self.get_buffer is None:
+        if self.get_buffer is not None:
+            return self._fill(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+        context = self._enter_context()
+        try:
             self.protocol.data_received(data)
-            return 0
-        return self._fill(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+        finally:
+            self._leave_context(context)
+        return 0
 
     cdef int on_data_raised(self, object error) except -1:
         return self._failed("data_received", error)
@@ -413,7 +462,7 @@ cdef class Transport(Stream):
                 return 0
             updated = self.buffer_updated  # get_buffer() may set another protocol
             try:
-                lent = self.get_buffer(size)
+                lent = self._call(self.get_buffer, size)
                 if not _writable_size(lent):
                     raise RuntimeError("get_buffer() returned an empty buffer")
                 if self.phase > ENDING:
@@ -427,7 +476,7 @@ cdef class Transport(Stream):
             data += n
             size -= n
             try:
-                updated(n)
+                self._call(updated, n)
             except BaseException as error:
                 return self._failed("buffer_updated", error)
         return 0
@@ -442,7 +491,7 @@ cdef class Transport(Stream):
 
     cdef int on_end(self) except -1:
         try:
-            keep_open = self.protocol.eof_received()
+            keep_open = self._call(self.protocol.eof_received, NOTHING)
         except BaseException as error:
             return self._failed("eof_received", error)
         self.peer_ended = True
@@ -608,8 +657,7 @@ cdef class Transport(Stream):
                 return 0
         self.writing_paused = True
         try:
-            # A copy, because the callback that writes may run in the context itself.
-            self.group.context.copy().run(self.protocol.pause_writing)
+            self._call(self.protocol.pause_writing, NOTHING)
         except ENDING_THE_RUN:
             raise
         except BaseException as error:
@@ -620,7 +668,7 @@ cdef class Transport(Stream):
         self.writing_paused = False
         self.turn += 1
         try:
-            self.protocol.resume_writing()
+            self._call(self.protocol.resume_writing, NOTHING)
         except BaseException as error:
             if isinstance(error, ENDING_THE_RUN):
                 self.state.loop.call_soon(_raise_again, error)
@@ -723,7 +771,7 @@ cdef class Transport(Stream):
         if self.tls is not None and self.opened and self.peer_ended and not self.end_given:
             self.end_given = True  # with TLS asyncio tells of the peer's end after close() too
             try:
-                self.protocol.eof_received()
+                self._call(self.protocol.eof_received, NOTHING)
             except BaseException as error:
                 return self._failed("eof_received", error)
         return Stream._finish(self)
@@ -747,7 +795,7 @@ cdef class Transport(Stream):
     cdef int on_closed(self) except -1:
         self.begin_closed()
         try:
-            self.protocol.connection_lost(self.error)
+            self._call(self.protocol.connection_lost, self.error)
         except BaseException as error:
             if isinstance(error, ENDING_THE_RUN):
                 self.state.loop.call_soon(_raise_again, error)
@@ -762,7 +810,7 @@ cdef class Transport(Stream):
                 "the connection was closed before it was ready"))
         # Nothing of the program's is kept alive by a transport that somebody forgot to drop.
         self.protocol = self.get_buffer = self.buffer_updated = None
-        self.compiled = self.lender = None
+        self.compiled = self.lender = self.context = None
         return 0
 
     # ── Errors ─────────────────────────────────────────────────────────────────────────────────
