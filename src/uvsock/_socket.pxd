@@ -44,6 +44,7 @@ cdef class Socket(Stream):
     cdef Handlers table(self)
     cdef int _emit(self, int event, object argument) except -1
     cdef int _call(self, int event, object argument) except -1
+    cdef int _check_slow(self, double begun, Handlers table, int event) except -1
     cdef int _warn_of_short_write(self) except -1
     @cython.final
     cdef int _start(self, int event, object awaitable) except -1

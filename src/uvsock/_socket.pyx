@@ -211,7 +211,18 @@ cdef class Socket(Stream):
         return self._own if self._own is not None else (<Group>self.group).handlers
 
     cdef int on_data(self, object data) except -1:
-        result = self.table().on_data(self, data)
+        cdef Handlers table = self.table()
+        cdef double begun
+        if not self.state.debug:
+            result = table.on_data(self, data)
+        else:
+            begun = now()
+            result = None
+            try:
+                result = table.on_data(self, data)
+            finally:
+                if result is not NotImplemented:
+                    self._check_slow(begun, table, DATA)
         if result is None or result is NotImplemented or not is_awaitable(result):
             return 0
         return self._start(DATA, result)
@@ -306,6 +317,7 @@ cdef class Socket(Stream):
     cdef int _call(self, int event, object argument) except -1:
         cdef Handlers table = self.table()
         cdef bint unanswered = self.short_unanswered
+        cdef double begun
         result = failure = None
         if event == OPEN:
             self.opened = True
@@ -317,6 +329,7 @@ cdef class Socket(Stream):
             self.begin_closed()
         elif event == DRAIN:
             self.short_unanswered = False
+        begun = now() if self.state.debug else 0
         try:
             if event == OPEN:
                 result = table.on_open(self)
@@ -334,6 +347,8 @@ cdef class Socket(Stream):
                 result = table.on_close(self, self.error)
         except BaseException as error:
             failure = error
+        if begun and result is not NotImplemented:
+            self._check_slow(begun, table, event)
         if result is not None and result is not NotImplemented and is_awaitable(result):
             return self._start(event, result)
         if event == DRAIN and result is NotImplemented:
@@ -343,6 +358,12 @@ cdef class Socket(Stream):
             self._report(argument[0], argument[1])
             return self.begin_close()
         return self._returned(event, failure, result is NotImplemented)
+
+    cdef int _check_slow(self, double begun, Handlers table, int event) except -1:
+        handler = getattr(table, event_name(event))
+        if handler is None:
+            handler = type(table)  # a compiled table
+        return self.state.check_slow(begun, handler, self)
 
     cdef int _warn_of_short_write(self) except -1:
         try:

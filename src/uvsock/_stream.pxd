@@ -38,6 +38,7 @@ cdef class LoopState:
     cdef readonly object loop
     cdef list transports        # uvloop's of open streams, by descriptor; None: not known
     cdef unsigned long thread
+    cdef bint debug             # the loop's debug mode, as of its newest connection or listener
     cdef readonly Py_ssize_t held
     cdef list _idle_waiters
     cdef readonly set listeners
@@ -62,6 +63,7 @@ cdef class LoopState:
     cpdef int hold(self) except -1
     cpdef int release(self) except -1
     cdef int _wrong_thread(self) except -1
+    cdef int check_slow(self, double begun, object callback, object caller) except -1
     cdef int add_dirty(self, Stream stream) except -1
     cdef int schedule_flush(self) except -1
     cdef bint defer_flush(self) noexcept

@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import inspect
+import logging
 import os
 import socket
 import ssl
@@ -91,6 +93,8 @@ cdef double UVS_TIMER_SLACK = 0.001
 # libuv before 1.52 takes the hang-up of a reset that follows data for an end.
 cdef bint END_MAY_BE_RESET = uvloop.__version__.startswith("0.22.")
 
+# asyncio's, by its documented name: who looks at debug mode looks there.
+cdef object logger = logging.getLogger("asyncio")
 cdef object SSLError = ssl.SSLError
 cdef object TCPTransport = uvloop.loop.TCPTransport
 cdef object PseudoSocket = uvloop.loop.PseudoSocket
@@ -146,7 +150,11 @@ cdef class LoopState:
         self.tls_buffer = None
 
     cdef int _wrong_thread(self) except -1:
-        if asyncio._get_running_loop() is self.loop:
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        if running is self.loop:
             self.thread = PyThread_get_thread_ident()  # the loop was set up in another thread
             return 0
         raise RuntimeError(
@@ -157,6 +165,16 @@ cdef class LoopState:
     def check_thread(self):
         """Raise RuntimeError unless called in the loop's thread."""
         self.check()
+
+    cdef int check_slow(self, double begun, object callback, object caller) except -1:
+        """In debug mode: name what has run for long, as the loop does with its own callbacks."""
+        cdef double taken = now() - begun
+        if taken > self.loop.slow_callback_duration:
+            logger.warning(
+                "Executing <%s, called by %s> took %.3f seconds",
+                _describe(callback), repr(caller), taken,
+            )
+        return 0
 
     cpdef int hold(self) except -1:
         """One more thing keeps ``run`` going: a referenced listener, socket or pending connect."""
@@ -292,6 +310,17 @@ cdef class LoopState:
             self._spare_count += 1
 
 
+cdef object _describe(object callback):
+    """The name of a callback, and where it is if it is written in Python."""
+    inner = inspect.unwrap(callback)
+    name = getattr(inner, "__qualname__", None)
+    if name is None:
+        return repr(callback)
+    code = getattr(inner, "__code__", None)
+    where = getattr(code, "co_filename", None)
+    return name if not where else f"{name} at {where}:{code.co_firstlineno}"
+
+
 def state_of(loop):
     """The loop's state, made on first use.
 
@@ -307,10 +336,12 @@ def state_of(loop):
     found = getattr(loop, "_uvsock_state", None)
     if found is None:
         state = LoopState(loop)
+        state.debug = loop.get_debug()
         loop._uvsock_state = state
         watch_transports(state)
         return state
     state = found
+    state.debug = loop.get_debug()
     if not state.listeners and not state.groups:
         # A loop that runs again in another thread.
         state.thread = threading.get_ident()
@@ -486,6 +517,7 @@ cdef class Stream:
             transport.abort()
             return
         self.transport = transport
+        self.state.debug = self.state.loop.get_debug()
         if self.fd < 0:  # no TransportTable
             self.fd = transport.get_extra_info("socket").fileno()
         self.tcp = isinstance(transport, TCPTransport)

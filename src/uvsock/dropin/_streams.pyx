@@ -112,12 +112,17 @@ cdef class WakeQueue:
     cdef list waiters
     cdef object run_all
     cdef LoopState state        # None until a stream has one of uvsock's transports
+    cdef bint debug             # the loop's debug mode, as of its newest stream
 
     def __cinit__(self):
         self.waiters = []
         self.run_all = self._run_all
 
     cdef int add(self, Waiter waiter) except -1:
+        if self.debug if self.state is None else self.state.debug:
+            # A callback of its own, so that the loop can say which task was slow.
+            waiter.loop.call_soon(waiter.callback, waiter.outcome(), context=waiter.context)
+            return 0
         if not self.waiters:
             waiter.loop.call_soon(self.run_all)
         self.waiters.append(waiter)
@@ -200,15 +205,19 @@ cdef class Waiter:
     cdef int run(self) except -1:
         callback = self.callback
         context = self.context
+        outcome = self.outcome()
         self.callback = self.context = None
-        # A task wants no more than the result. asyncio gets that of its own Futures much faster.
-        future = DONE if self.error is None and _wakes_task(callback) else self
         PyContext_Enter(context)
         try:
-            callback(future)
+            callback(outcome)
         finally:
             PyContext_Exit(context)
         return 0
+
+    cdef object outcome(self):
+        """What the callback is called with."""
+        # A task wants no more than the result. asyncio gets that of its own Futures much faster.
+        return DONE if self.error is None and _wakes_task(self.callback) else self
 
 
 @cython.final
@@ -365,6 +374,7 @@ cdef WakeQueue _wake_queue_of(object loop):
     queue = WAKE_QUEUES.get(loop)
     if queue is None:
         queue = WAKE_QUEUES[loop] = WakeQueue()
+    (<WakeQueue>queue).debug = loop.get_debug()
     return queue
 
 

@@ -15,7 +15,7 @@ from libc.string cimport memcpy
 
 from uvsock._framing cimport AS_BYTES
 from uvsock._stream cimport (
-    CLOSING, ENDING, ESTABLISHED, LEAVING, ReadBuffer, Stream, StreamGroup, shut_both,
+    CLOSING, ENDING, ESTABLISHED, LEAVING, ReadBuffer, Stream, StreamGroup, now, shut_both,
 )
 
 cdef extern from "Python.h":
@@ -214,11 +214,14 @@ cdef class Transport(Stream):
 
     cdef object _call(self, object method, object argument):
         """Call a method of the protocol with this argument, or NOTHING."""
+        cdef double begun = now() if self.state.debug else 0
         context = self._enter_context()
         try:
             return method() if argument is NOTHING else method(argument)
         finally:
             self._leave_context(context)
+            if begun:
+                self.state.check_slow(begun, method, self)
 
     # ── Opening ────────────────────────────────────────────────────────────────────────────────
 
@@ -438,6 +441,9 @@ cdef class Transport(Stream):
             return 0
         if self.get_buffer is not None:
             return self._fill(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+        if self.state.debug:
+            self._call(self.protocol.data_received, data)
+            return 0
         context = self._enter_context()
         try:
             self.protocol.data_received(data)
