@@ -589,6 +589,33 @@ async def test_cancelled_waits_leave_nothing(tcp_wire: Wire) -> None:
     await finish(listener, writer)
 
 
+async def test_one_flush_that_fails_does_not_keep_the_others(
+    plain_wire: Wire, monkeypatch: pytest.MonkeyPatch, loop_errors: list[dict[str, Any]]
+) -> None:
+    """What is written outside handlers leaves together, at the end of the iteration."""
+    listener, _, writer, socket = await accepted(plain_wire)
+    others: list[Any] = [await accepted(plain_wire) for _ in range(2)]
+    writer.transport.pause_reading()
+
+    def add_writer(*arguments: Any) -> None:
+        monkeypatch.undo()
+        raise MemoryError
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "add_writer", add_writer)
+    written = 0
+    while not loop_errors:  # until the kernel is full of the first one's
+        for opened in [socket, others[0][3], others[1][3]]:
+            opened.write(bytes(16384) if opened is socket else b"x")
+        written += 1
+        await asyncio.sleep(0)
+    assert isinstance(loop_errors[0]["exception"], MemoryError)
+    for _, reader, _, _ in others:
+        assert await soon(reader.readexactly(written)) == b"x" * written
+    socket.terminate()
+    for opened in [(listener, None, writer), *others]:
+        await finish(opened[0], opened[2])
+
+
 WITHOUT_DESCRIPTORS = """
 import asyncio, errno, os, resource, uvsock
 

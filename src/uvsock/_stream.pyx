@@ -228,13 +228,21 @@ cdef class LoopState:
 
     cdef int _flush(self) except -1:
         cdef Stream stream
-        dirty = self._dirty
+        cdef list dirty = self._dirty
+        cdef Py_ssize_t done = 0
         self._dirty = []
-        for stream in dirty:
-            stream.dirty = False
-            # In a turn or a cork its own end flushes.
-            if stream.turn == 0 and stream.corks == 0:
-                stream.flush_now()
+        try:
+            for stream in dirty:
+                done += 1
+                stream.dirty = False
+                # In a turn or a cork its own end flushes.
+                if stream.turn == 0 and stream.corks == 0:
+                    stream.flush_now()
+        except BaseException:
+            # No memory, say: the others must not stay marked as if they were still in the list.
+            for stream in dirty[done:]:
+                self.add_dirty(stream)
+            raise
         return 0
 
     # What a task writes waits for the end of the iteration, which costs another iteration, and the
@@ -1073,10 +1081,10 @@ cdef class Stream:
         size = envelope.prefix_size + n + envelope.suffix_size
         if self.blocked or self.sending or size == 0 or not self._holdable(size):
             return self._write_parts(&envelope, p, n, size)
+        target = self._sink().extend(size)
         self.short_unanswered = False
         self._accepted(size)
         self._flush_later()
-        target = self._sink().extend(size)
         if envelope.prefix_size:
             memcpy(target, envelope.prefix, envelope.prefix_size)
             target += envelope.prefix_size
