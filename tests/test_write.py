@@ -574,19 +574,61 @@ async def test_numbers_of_any_size_are_out_of_range(
     await finish(listener, writer)
 
 
-async def test_cancelled_waits_leave_nothing(tcp_wire: Wire) -> None:
+@pytest.mark.parametrize("wait", ["send_all", "drained", "wait_closed", "listener"])
+async def test_cancelled_waits_leave_nothing(tcp_wire: Wire, wait: str) -> None:
     listener, _, writer, socket = await accepted(tcp_wire)
+    writer.transport.pause_reading()
+    while socket.write(b"x" * 65536) == 65536:
+        pass
+    if wait == "listener":
+        listener.stop()
+    waits = {
+        "send_all": lambda: socket.send_all(b"y"),
+        "drained": socket.drained,
+        "wait_closed": socket.wait_closed,
+        "listener": listener.wait_closed,
+    }
 
-    async def wait_in_vain(times: int) -> int:
+    async def wait_in_vain(times: int, at_once: int) -> int:
         for _ in range(times):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(socket.wait_closed(), 0.001)
+            tasks = [asyncio.create_task(waits[wait]()) for _ in range(at_once)]
+            for _ in range(3):
+                await asyncio.sleep(0)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert all(task.cancelled() for task in tasks)
+        del tasks, task
+        await asyncio.sleep(0)
         gc.collect()
         return len(gc.get_objects())
 
-    before = await wait_in_vain(10)
-    assert await wait_in_vain(300) - before < 100
+    before = await wait_in_vain(10, 1)
+    assert await wait_in_vain(300, 1) - before < 50
+    assert await wait_in_vain(3, 100) - before < 50
+    socket.terminate()
     await finish(listener, writer)
+
+
+async def test_a_cancelled_wait_does_not_end_the_others(tcp_wire: Wire) -> None:
+    listener, reader, writer, socket = await accepted(tcp_wire)
+    writer.transport.pause_reading()
+    while socket.write(b"x" * 65536) == 65536:
+        pass
+    waits = [asyncio.create_task(socket.drained()) for _ in range(3)]
+    waits += [asyncio.create_task(socket.wait_closed()) for _ in range(3)]
+    await asyncio.sleep(0)
+    for cancelled in waits[1::3]:
+        cancelled.cancel()
+    writer.transport.resume_reading()
+    reading = asyncio.create_task(reader.read())
+    await soon(asyncio.gather(waits[0], waits[2]))
+    assert not waits[3].done()
+    socket.close()
+    await soon(reading)
+    await finish(listener, writer)
+    await soon(asyncio.gather(waits[3], waits[5]))
+    assert all(cancelled.cancelled() for cancelled in waits[1::3])
 
 
 async def test_one_flush_that_fails_does_not_keep_the_others(

@@ -30,8 +30,8 @@ cdef class Socket(Stream):
     cdef object __weakref__
     cdef Handlers _own            # after upgrade_tls(handlers=); else the group's table is used
     cdef AsyncHandler _running    # None while no event waits for another
-    # Futures, by what they wait for: "connected", "opened" (`open` has returned), "upgraded",
-    # "closed", "turn" (at send_all). None before the first.
+    # Futures as keys in order, by what they wait for: "connected", "opened" (`open` has returned),
+    # "upgraded", "closed", "turn" (at send_all). None before the first.
     cdef dict _waiters
     cdef bint _over               # the close event is over
 
@@ -58,6 +58,7 @@ cdef class Socket(Stream):
     cdef object _session(self)
     cdef object _end(self, str name)
     cdef object _wait_for(self, str what)
+    cdef int _stop_waiting(self, str what, object waiter) except -1
     cdef int _tell(self, str what, object error) except -1
     @cython.final
     cdef inline Py_ssize_t _write_checked(

@@ -282,11 +282,13 @@ cdef class Socket(Stream):
         waiter = self.state.loop.create_future()
         if self._waiters is None:
             self._waiters = {}
-        waiters = self._waiters.setdefault(what, [])
-        while waiters and waiters[len(waiters) - 1].done():
-            waiters.pop()  # cancelled, as by wait_for() in a loop
-        waiters.append(waiter)
+        self._waiters.setdefault(what, {})[waiter] = None
         return waiter
+
+    cdef int _stop_waiting(self, str what, object waiter) except -1:
+        if self._waiters is not None:
+            self._waiters.get(what, {}).pop(waiter, None)
+        return 0
 
     cdef int _tell(self, str what, object error) except -1:
         """Let those go on that wait for this; with an error, it is raised in them."""
@@ -686,6 +688,7 @@ cdef class Socket(Stream):
         try:
             await turn  # whoever sets it leaves `sending` on
         except BaseException:
+            self._stop_waiting("turn", turn)
             if turn.done() and not turn.cancelled():
                 self._give_write_side()
             raise
@@ -696,25 +699,14 @@ cdef class Socket(Stream):
     def _give_write_side(self):
         turns = self._turns()
         while turns:
-            turn = turns.pop(0)
+            turn = next(iter(turns))
+            del turns[turn]
             if not turn.done():
                 turn.set_result(None)
                 return
         self.sending = False
         if self.short_write and self.phase == ESTABLISHED:
             self.schedule_pump()  # a write was refused meanwhile: its drain is due
-
-    def _writable_again(self):
-        """A Future that is done when all that was accepted has left, or nothing more will."""
-        waiter = self.state.loop.create_future()
-        if (self.pending() == 0 and not self.blocked and self.phase != CONNECTING) \
-                or self.phase >= LEAVING or self.broken:
-            waiter.set_result(None)
-        else:
-            if self.write_waiters is None:
-                self.write_waiters = []
-            self.write_waiters.append(waiter)
-        return waiter
 
     async def drained(self):
         """Wait until the kernel has everything that was accepted.
@@ -877,7 +869,11 @@ cdef class Socket(Stream):
         self.state.check()
         if self._over:
             return
-        await self._wait_for("closed")
+        waiter = self._wait_for("closed")
+        try:
+            await waiter
+        finally:
+            self._stop_waiting("closed", waiter)
 
     # ── Flow, time and life ────────────────────────────────────────────────────────────────────
 

@@ -40,7 +40,7 @@ cdef class LoopState:
     cdef unsigned long thread
     cdef bint debug             # the loop's debug mode, as of its newest connection or listener
     cdef readonly Py_ssize_t held
-    cdef list _idle_waiters
+    cdef set _idle_waiters      # Futures
     cdef readonly set listeners
     cdef readonly set groups
     cdef list _dirty
@@ -85,7 +85,7 @@ cdef class StreamGroup:
     cdef public bint stopped              # a connection accepted, but not yet made, is dropped
     cdef readonly object server_hostname
     cdef readonly list sockets            # live: what keeps open streams from being collected
-    cdef list _empty_waiters
+    cdef set _empty_waiters               # Futures
     cdef Py_ssize_t _alive                # as `sockets`, and those whose last event runs
     cdef readonly Py_ssize_t accepted
     cdef readonly Py_ssize_t handshake_failures
@@ -169,7 +169,8 @@ cdef class Stream:
     cdef readonly long long bytes_read
     cdef readonly long long bytes_written
     cdef object error            # what broke the connection, or None
-    cdef list write_waiters      # Futures: everything accepted has left, or the stream is closed
+    # Futures, as keys in order: everything accepted has left, or the stream is closed.
+    cdef dict write_waiters
 
     # Events, for the subclass. They do not raise, but for on_data: what that raises goes to
     # on_data_raised, so that the frames of a chunk need one `try` for all.

@@ -143,7 +143,7 @@ cdef class LoopState:
         self.listeners = set()
         self.groups = set()
         self._dirty = []
-        self._idle_waiters = []
+        self._idle_waiters = set()
         self._flush_callback = self._flush_dirty
         self._answers_callback = self._flush_answers
         self.plain_buffer = None
@@ -185,21 +185,12 @@ cdef class LoopState:
         """Undo one ``hold``."""
         self.held -= 1
         if self.held == 0:
-            waiters = self._idle_waiters
-            self._idle_waiters = []
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
+            _resolve(self._idle_waiters)
         return 0
 
     def idle(self):
         """A Future that is done when nothing is held."""
-        waiter = self.loop.create_future()
-        if self.held == 0:
-            waiter.set_result(None)
-        else:
-            self._idle_waiters.append(waiter)
-        return waiter
+        return _waiter(self.loop, self._idle_waiters, self.held == 0)
 
     cdef int add_dirty(self, Stream stream) except -1:
         if not self._awaited:
@@ -329,6 +320,24 @@ cdef object _describe(object callback):
     return name if not where else f"{name} at {where}:{code.co_firstlineno}"
 
 
+cdef object _waiter(object loop, set waiters, bint done):
+    """A Future that is in the set as long as somebody waits for it; or done already."""
+    waiter = loop.create_future()
+    if done:
+        waiter.set_result(None)
+    else:
+        waiters.add(waiter)
+        waiter.add_done_callback(waiters.discard)  # also one that is cancelled
+    return waiter
+
+
+cdef int _resolve(object waiters) except -1:
+    for waiter in list(waiters):
+        if not waiter.done():
+            waiter.set_result(None)
+    return 0
+
+
 def state_of(loop):
     """The loop's state, made on first use.
 
@@ -410,7 +419,7 @@ cdef class StreamGroup:
 
     def __cinit__(self, *args, **kwargs):
         self.sockets = []
-        self._empty_waiters = []
+        self._empty_waiters = set()
 
     cdef int add(self, Stream stream) except -1:
         """The stream has a transport."""
@@ -449,21 +458,13 @@ cdef class StreamGroup:
             self.state.release()
         if self._alive == 0:
             self.state.groups.discard(self)
-            waiters = self._empty_waiters
-            self._empty_waiters = []
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
+            if self._empty_waiters:
+                _resolve(self._empty_waiters)
         return 0
 
     def when_empty(self):
         """A Future that is done when no stream is left, and every last event is over."""
-        waiter = self.state.loop.create_future()
-        if self._alive:
-            self._empty_waiters.append(waiter)
-        else:
-            waiter.set_result(None)
-        return waiter
+        return _waiter(self.state.loop, self._empty_waiters, self._alive == 0)
 
     @property
     def bytes_read(self):
@@ -1408,11 +1409,23 @@ cdef class Stream:
     cdef int wake_writers(self) except -1:
         waiters = self.write_waiters
         self.write_waiters = None
-        if waiters is not None:
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
-        return 0
+        return 0 if waiters is None else _resolve(waiters)
+
+    async def _writable_again(self):
+        """Wait until all that was accepted has left, or nothing more will."""
+        if self.phase >= LEAVING or self.broken or (
+            self.phase != CONNECTING and not self.blocked and self.pending() == 0
+        ):
+            return
+        waiter = self.state.loop.create_future()
+        if self.write_waiters is None:
+            self.write_waiters = {}
+        self.write_waiters[waiter] = None
+        try:
+            await waiter
+        finally:
+            if self.write_waiters is not None:
+                self.write_waiters.pop(waiter, None)  # cancelled
 
     # ── Ending ─────────────────────────────────────────────────────────────────────────────────
 

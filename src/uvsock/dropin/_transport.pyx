@@ -695,17 +695,11 @@ cdef class Transport(Stream):
 
     # ── Sending files ──────────────────────────────────────────────────────────────────────────
 
-    def _written(self):
-        """A Future that is done when everything written has left, or the connection is gone."""
-        waiter = self.state.loop.create_future()
+    async def _written(self):
+        """Wait until everything written has left, or the connection is gone."""
         self.flush_now()
-        if self.pending() == 0 or self.phase >= LEAVING:
-            waiter.set_result(None)
-        else:
-            if self.write_waiters is None:
-                self.write_waiters = []
-            self.write_waiters.append(waiter)
-        return waiter
+        while self.pending() and self.phase < LEAVING and not self.broken:
+            await self._writable_again()
 
     def _begin_file(self):
         """Refuse other writes until ``_end_file``."""
