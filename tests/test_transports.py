@@ -2088,3 +2088,28 @@ async def test_a_stream_that_its_callback_waits_for_otherwise(net: Net) -> None:
     _, client = await net.connect(Recorder)
     await soon(client.lost)
     assert client.received == b"served"
+
+
+# --- TLS that is started later, and what goes on meanwhile ------------------------------------
+
+
+@uvsock_only
+async def test_start_tls_is_refused_while_a_file_is_sent(plain_net: Net, tmp_path: Path) -> None:
+    """What is left of the file would leave in the clear, behind the ClientHello."""
+    path = tmp_path / "file"
+    path.write_bytes(b"secret" * (4 << 20))
+    client, server = await plain_net.pair()
+    server.transport.pause_reading()
+    context = plain_net.authority.client_context()
+    with path.open("rb") as file:
+        sending = asyncio.ensure_future(plain_net.loop.sendfile(client.transport, file))
+        await until(lambda: client.transport.get_write_buffer_size() == 0)
+        await asyncio.sleep(0.05)  # the kernel is full
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="unable to write; sendfile is in progress"):
+                await plain_net.loop.start_tls(client.transport, client, context)
+        assert client.transport.get_extra_info("sslcontext") is None
+        server.transport.resume_reading()
+        assert await soon(sending) == path.stat().st_size
+    await until(lambda: len(server.received) == path.stat().st_size)
+    assert server.received == path.read_bytes()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import io
 import smtplib
 import ssl
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -450,4 +453,50 @@ async def test_what_is_written_before_the_handshake_arrives(
     await peer.handshake()
     assert await soon(peer.receive(writes)) == b"x" * writes
     await peer.close()
+    await stopped(listener)
+
+
+async def test_it_is_refused_while_a_file_is_sent(
+    plain_wire: Wire, authority: Authority, tmp_path: Path
+) -> None:
+    """What is left of the file would leave in the clear, behind the ClientHello."""
+    content = b"secret" * (4 << 20)
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    server = Recorder(open=lambda socket: socket.pause())
+    listener = await plain_wire.listen(server.table())
+    socket = await plain_wire.connect(listener, {"data": ignore})
+    with path.open("rb") as file, contextlib.closing(io.BytesIO(b"secret")) as other:
+        tasks = [asyncio.create_task(socket.sendfile(source)) for source in (file, other)]
+        await until(lambda: socket.bytes_written)
+        with pytest.raises(RuntimeError, match="sendfile is in progress"):
+            socket.upgrade_tls(authority.client_options)
+        assert not socket.encrypted
+        server.socket.resume()
+        assert await soon(asyncio.gather(*tasks)) == [len(content), 6]
+    await until(lambda: len(server.received) == len(content) + 6)
+    assert server.received == content + b"secret"
+    socket.terminate()
+    await stopped(listener)
+
+
+async def test_what_send_all_has_left_is_encrypted(tcp_wire: Wire, authority: Authority) -> None:
+    server = Recorder(open=lambda socket: socket.pause())
+    listener = await tcp_wire.listen(server.table())
+    socket = await tcp_wire.connect(listener, {"data": ignore})
+    content = b"secret" * (4 << 20)
+    task = asyncio.create_task(socket.send_all(content))
+    await until(lambda: socket.writable_length)
+    accepted = socket.bytes_written
+    upgrading = socket.upgrade_tls(authority.client_options)
+    server.socket.resume()
+    await until(lambda: len(server.received) > accepted)
+    assert server.received[:accepted] == content[:accepted]
+    assert server.received[accepted : accepted + 2] == b"\x16\x03"  # a ClientHello
+    await asyncio.sleep(0.05)
+    assert b"secret" not in server.received[accepted:]
+    task.cancel()
+    upgrading.cancel()
+    await asyncio.gather(task, upgrading, return_exceptions=True)
+    socket.terminate()
     await stopped(listener)

@@ -23,7 +23,7 @@ from uvsock._handlers cimport (
 )
 from uvsock._stream cimport (
     CLOSED, CLOSING, CONNECTING, ENDING, ESTABLISHED,
-    LEAVING, Stream, StreamGroup, now, set_keep_alive, set_no_delay,
+    LEAVING, NOBODY, ONE_PIECE, PIECES, Stream, StreamGroup, now, set_keep_alive, set_no_delay,
 )
 
 from uvsock._contexts import client_context, server_context
@@ -652,6 +652,7 @@ cdef class Socket(Stream):
         size = len(view)
         with view:
             await self._take_write_side()
+            self.sending = PIECES
             try:
                 while True:
                     taken = self._write_piece(view, offset)
@@ -668,21 +669,22 @@ cdef class Socket(Stream):
         """A write of the call that has the write side to itself."""
         cdef Py_buffer buffer
         cdef Py_ssize_t taken
+        cdef unsigned char sending = self.sending
         PyObject_GetBuffer(view, &buffer, PyBUF_SIMPLE)
-        self.sending = False
+        self.sending = NOBODY
         try:
             taken = self.write_bytes(
                 <const char*>buffer.buf + offset, buffer.len - offset, False, None
             )
         finally:
-            self.sending = True
+            self.sending = sending
             PyBuffer_Release(&buffer)
         return taken
 
     async def _take_write_side(self):
         """Wait for the send_all and sendfile calls before this one."""
         if not self.sending and not self._turns():
-            self.sending = True
+            self.sending = ONE_PIECE
             return
         turn = self._wait_for("turn")
         try:
@@ -692,6 +694,7 @@ cdef class Socket(Stream):
             if turn.done() and not turn.cancelled():
                 self._give_write_side()
             raise
+        self.sending = ONE_PIECE
 
     def _turns(self):
         return None if self._waiters is None else self._waiters.get("turn")
@@ -704,7 +707,7 @@ cdef class Socket(Stream):
             if not turn.done():
                 turn.set_result(None)
                 return
-        self.sending = False
+        self.sending = NOBODY
         if self.short_write and self.phase == ESTABLISHED:
             self.schedule_pump()  # a write was refused meanwhile: its drain is due
 
@@ -960,7 +963,7 @@ cdef class Socket(Stream):
 
         Raises:
             TypeError, ValueError: an argument is wrong; nothing is changed.
-            RuntimeError: the socket is not open, or encrypted already.
+            RuntimeError: the socket is not open, encrypted already, or sending a file.
         """
         cdef Group group = <Group>self.group
         self.state.check()
@@ -985,6 +988,8 @@ cdef class Socket(Stream):
             raise RuntimeError("upgrade_tls: the socket is encrypted already")
         if self.phase != ESTABLISHED or self.broken:
             raise RuntimeError("upgrade_tls: the socket is not open for writing")
+        if self.sending == ONE_PIECE:
+            raise RuntimeError("upgrade_tls: unable to write; sendfile is in progress")
         self.begin_tls(context, server_side, hostname, group.handshake_timeout)
         if table is not None:
             self._own = table

@@ -22,6 +22,12 @@ cdef enum Phase:
     CONNECTING, ESTABLISHED, ENDING, CLOSING, LEAVING, CLOSED
 
 
+cdef enum Sending:
+    # Who has the write side: nobody, one call whose bytes TLS must not come between (sendfile), or
+    # one whose next piece would simply be encrypted (send_all).
+    NOBODY, ONE_PIECE, PIECES
+
+
 cdef class ReadBuffer:
     # Memory shared by all streams of a loop, lent to handlers as a memoryview. While a view is
     # kept, `exports` is above the loop's own and the loop takes a new one instead.
@@ -139,7 +145,7 @@ cdef class Stream:
     cdef unsigned char blocked            # the kernel took less than it was given
     cdef unsigned char short_write        # a write was refused in part: a drain event is due
     cdef unsigned char short_unanswered   # ... and neither drain nor a retry has come (debug mode)
-    cdef unsigned char sending            # a send_all or sendfile has the write side to itself
+    cdef unsigned char sending            # a Sending
     cdef unsigned char dirty              # in the loop's list of streams to flush
     cdef unsigned char alive              # from connection_made until the last event is over
     cdef unsigned char unreferenced

@@ -15,7 +15,8 @@ from libc.string cimport memcpy
 
 from uvsock._framing cimport AS_BYTES
 from uvsock._stream cimport (
-    CLOSING, ENDING, ESTABLISHED, LEAVING, ReadBuffer, Stream, StreamGroup, now, shut_both,
+    CLOSING, ENDING, ESTABLISHED, LEAVING, NOBODY, ONE_PIECE, ReadBuffer, Stream, StreamGroup,
+    now, shut_both,
 )
 
 cdef extern from "Python.h":
@@ -705,10 +706,12 @@ cdef class Transport(Stream):
         """Refuse other writes until ``_end_file``."""
         if self.sending:
             raise RuntimeError("sendfile is in progress")
-        self.sending = True
+        if self.tls is not None:
+            raise asyncio.SendfileNotAvailableError("the transport is encrypted")
+        self.sending = ONE_PIECE
 
     def _end_file(self, Py_ssize_t sent):
-        self.sending = False
+        self.sending = NOBODY
         self.bytes_written += sent
 
     # ── Ending ─────────────────────────────────────────────────────────────────────────────────
@@ -876,6 +879,8 @@ cdef class Transport(Stream):
             "ssl_shutdown_timeout", shutdown_timeout, UVS_TLS_SHUTDOWN)
         if self.phase != ESTABLISHED or self.broken:
             raise RuntimeError("Transport is closing")
+        if self.sending:
+            raise RuntimeError("unable to write; sendfile is in progress")
         self.begin_tls(context, server_side, server_hostname, self.handshake_timeout)
         self.opening = self.state.loop.create_future()
         self.paused = False
