@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 import uvsock
 from conftest import SERVER_NAME, Authority, Wire, soon, until
+from test_tls import ByHand
 from uvsock import Delimited, FixedSize, FrameError, Framer, LengthPrefixed, Lines, Netstring
 from uvsock.dropin._streams import StreamProtocol
 
@@ -987,3 +988,144 @@ async def test_an_idle_stream_gives_back_the_memory_of_a_burst() -> None:
     assert await asyncio.gather(*waiting) == [b"begun\n"] * 50
     # Tasks, futures and the few bytes; not a quarter of a MiB each.
     assert held < 50 * 4 * KIB
+
+
+# --- TLS that is started later ----------------------------------------------------------------
+
+
+async def upgrades(
+    reader: Any, writer: Any, context: ssl.SSLContext, **options: Any
+) -> tuple[bool, bytes]:
+    """Whether TLS could be started on a stream, and the line that was read after that."""
+    try:
+        await writer.start_tls(context, **options)
+        line = await soon(reader.readline())
+    except (OSError, asyncio.IncompleteReadError):
+        writer.close()  # not all loops tell when a connection is gone that TLS was not started on
+        return False, b""
+    await closed(writer)
+    return True, line
+
+
+@pytest.mark.parametrize("module", [uvsock, asyncio])
+@pytest.mark.parametrize("junk", [b"DELETE all\r\n", b"half a li"])
+async def test_what_came_in_the_clear_is_not_read_as_if_over_tls(
+    authority: Authority, module: Any, junk: bytes, loop_errors: list[Any]
+) -> None:
+    """A command pipelined behind STARTTLS (RFC 3207, 6): an attacker may have put it there."""
+    if module is asyncio and not isinstance(asyncio.get_running_loop(), uvsock.Loop):
+        pytest.skip("asyncio's own streams, on a loop that is not ours")
+    server: asyncio.Future[tuple[bool, bytes]] = asyncio.get_running_loop().create_future()
+
+    async def served(reader: Any, writer: Any) -> None:
+        assert await reader.readline() == b"STARTTLS\r\n"
+        writer.write(b"220 go\r\n")
+        server.set_result(await upgrades(reader, writer, authority.server_context()))
+
+    serving = await module.start_server(served, "127.0.0.1", 0)
+    reader, writer = await module.open_connection(*serving.sockets[0].getsockname())
+    writer.write(b"STARTTLS\r\n" + junk)
+    assert await soon(reader.readline()) == b"220 go\r\n"
+    context = authority.client_context()
+    client = await soon(upgrades(reader, writer, context, server_hostname=SERVER_NAME))
+    assert await soon(server) == client == (False, b"")
+    serving.close()
+
+
+async def test_what_a_server_sent_in_the_clear_is_not_read_as_if_over_tls(
+    tcp: Streams, authority: Authority, loop_errors: list[Any]
+) -> None:
+    async def served(reader: uvsock.StreamReader, writer: uvsock.StreamWriter) -> None:
+        writer.write(b"220 go\r\n235 logged in\r\n")
+        await reader.read()
+        await closed(writer)
+
+    async with tcp.serving(served):
+        reader, writer = await tcp.connect()
+        assert await soon(reader.readline()) == b"220 go\r\n"
+        context = authority.client_context()
+        result = await soon(upgrades(reader, writer, context, server_hostname=SERVER_NAME))
+        assert result == (False, b"")
+
+
+@pytest.mark.parametrize("cut", [0, 1, 5, 100, 1000])
+async def test_a_client_hello_behind_the_last_plain_bytes(
+    tcp: Streams, authority: Authority, cut: int
+) -> None:
+    async def served(reader: uvsock.StreamReader, writer: uvsock.StreamWriter) -> None:
+        assert await reader.readline() == b"STARTTLS\n"
+        writer.write(b"go\n")
+        await writer.start_tls(authority.server_context())
+        async for line in reader:
+            writer.write(line.upper())
+        await closed(writer)
+
+    async with tcp.serving(served):
+        reader, writer = await tcp.connect()
+        peer = ByHand(reader, writer, authority.client_context())
+        with pytest.raises(ssl.SSLWantReadError):
+            peer.ssl.do_handshake()
+        hello = peer.outgoing.read()
+        writer.write(b"STARTTLS\n" + hello[:cut])
+        await writer.drain()
+        assert await soon(reader.readexactly(3)) == b"go\n"
+        writer.write(hello[cut:])
+        await soon(peer.handshake())
+        peer.send(b"quiet\n")
+        assert await soon(peer.receive(6)) == b"QUIET\n"
+        await peer.close()
+
+
+async def test_a_read_up_to_the_end_gives_no_plain_bytes_after_tls_has_begun(
+    tcp: Streams, authority: Authority, loop_errors: list[Any]
+) -> None:
+    if not isinstance(asyncio.get_running_loop(), uvsock.Loop):
+        pytest.skip("the other loops leave the read waiting")
+    results: list[Any] = []
+
+    async def served(reader: uvsock.StreamReader, writer: uvsock.StreamWriter) -> None:
+        assert await reader.readline() == b"go on\n"
+        reading = asyncio.create_task(reader.read())
+        await asyncio.sleep(0)  # it has taken what there was
+        await upgrades(reader, writer, authority.server_context())
+        results.extend(await asyncio.gather(reading, return_exceptions=True))
+
+    async with tcp.serving(served):
+        reader, writer = await tcp.connect()
+        writer.write(b"go on\nplain")
+        context = authority.client_context()
+        await soon(upgrades(reader, writer, context, server_hostname=SERVER_NAME))
+        await until(lambda: results)
+    assert results[0] == b"" or isinstance(results[0], OSError)
+
+
+async def test_start_tls_that_is_refused_changes_nothing(tcp: Streams) -> None:
+    async def served(reader: uvsock.StreamReader, writer: uvsock.StreamWriter) -> None:
+        assert await reader.readline() == b"one\n"
+        with pytest.raises(TypeError):
+            await writer.start_tls(None)  # type: ignore[arg-type]
+        await asyncio.sleep(0.01)
+        writer.write(await reader.readline())
+        await closed(writer)
+
+    async with tcp.serving(served):
+        reader, writer = await tcp.connect()
+        writer.write(b"one\ntwo\n")
+        assert await soon(reader.readline()) == b"two\n"
+        await closed(writer)
+
+
+async def test_who_is_cancelled_does_not_cancel_others_that_wait_for_the_end(tcp: Streams) -> None:
+    async def served(reader: uvsock.StreamReader, writer: uvsock.StreamWriter) -> None:
+        await reader.read()
+        await closed(writer)
+
+    async with tcp.serving(served):
+        _, writer = await tcp.connect()
+        waits = [asyncio.create_task(writer.wait_closed()) for _ in range(3)]
+        await asyncio.sleep(0)
+        waits[1].cancel()
+        await asyncio.wait(waits[1:2])
+        writer.close()
+        await soon(asyncio.gather(waits[0], waits[2]))
+        assert waits[1].cancelled()

@@ -2113,3 +2113,40 @@ async def test_start_tls_is_refused_while_a_file_is_sent(plain_net: Net, tmp_pat
         assert await soon(sending) == path.stat().st_size
     await until(lambda: len(server.received) == path.stat().st_size)
     assert server.received == path.read_bytes()
+
+
+@uvsock_only
+@pytest.mark.parametrize("paused", [False, True])
+async def test_a_buffered_protocol_gets_no_plain_bytes_after_tls_has_begun(
+    plain_net: Net, paused: bool
+) -> None:
+    """What it had no room for goes to TLS: here a ClientHello, there a command."""
+    loop = plain_net.loop
+
+    class Small(Buffered):
+        starting: asyncio.Future[Any] | None = None
+
+        def buffer_updated(self, nbytes: int) -> None:
+            super().buffer_updated(nbytes)
+            if self.received == b"STARTTLS" and self.starting is None:
+                upgrade = loop.start_tls(
+                    self.transport, self, plain_net.authority.server_context(), server_side=True
+                )
+                if paused:
+                    self.transport.pause_reading()
+                    self.starting = asyncio.ensure_future(upgrade)
+                else:
+                    self.upgrade = upgrade
+                    self.starting = upgrade.send(None)  # at once, as a task that starts eagerly
+
+    client, server = await plain_net.pair(Recorder, lambda: Small(8))
+    client.transport.write(b"STARTTLS" + b"DELETE all")
+    await until(lambda: server.starting)
+    with pytest.raises(ssl.SSLError):
+        await soon(server.starting)
+    if not paused:
+        with pytest.raises(ssl.SSLError):
+            server.upgrade.send(None)
+    await soon(server.lost)
+    assert server.received == b"STARTTLS"
+    await soon(client.lost)

@@ -1,5 +1,6 @@
 import asyncio
 import contextvars
+import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
 from types import TracebackType
 from typing import Any, Never, Self, final
@@ -152,6 +153,14 @@ class WriterCore:
     def write(self, data: Buffer) -> None: ...
     def writelines(self, data: Iterable[Buffer]) -> None: ...
     def drain(self) -> Coroutine[Any, Any, None]: ...
+    async def start_tls(
+        self,
+        sslcontext: ssl.SSLContext,
+        *,
+        server_hostname: str | None = None,
+        ssl_handshake_timeout: float | None = None,
+        ssl_shutdown_timeout: float | None = None,
+    ) -> None: ...
 
 # asyncio's feed_data also takes the numbers of the bytes.
 class StreamReader(ReaderCore, asyncio.StreamReader):  # type: ignore[misc]

@@ -19,7 +19,7 @@ from libc.string cimport memchr
 from uvsock._framing cimport Cut, Framer
 from uvsock._sink cimport BufferSink
 from uvsock._stream cimport CLOSING, LoopState, now
-from uvsock.dropin._transport cimport CompiledProtocol, Transport
+from uvsock.dropin._transport cimport CompiledProtocol, Transport, read_now
 
 from uvsock._framing import as_framer
 
@@ -63,6 +63,7 @@ cdef object MORE = object()
 cdef object Task = asyncio.Task
 # Here, not where it is called: programs replace asyncio's classes by these.
 cdef object wait_and_drain = asyncio.StreamWriter.drain
+cdef object start_tls = asyncio.StreamWriter.start_tls
 # By loop. A queue does not hold its loop: both would stay for ever.
 cdef object WAKE_QUEUES = weakref.WeakKeyDictionary()
 # An answer waits at most so long for those of other tasks, and for the task that runs.
@@ -279,6 +280,7 @@ cdef class Reading:
     cdef int stop(self) except -1:
         if self.waiter is not None and self.reader._waiter is self.waiter:
             self.reader._waiter = None
+            self.reader._read_so_far = None
         self.waiter = None
         self.progress = OVER
         return 0
@@ -416,6 +418,7 @@ cdef class ReaderCore:
     cdef bytes _chunk
     cdef BufferSink _sink
 
+    cdef list _read_so_far      # by a read up to the end that waits
     # This separator, or what this framer looks for, does not begin in the first _searched bytes.
     cdef object _sought
     cdef Py_ssize_t _searched
@@ -731,6 +734,16 @@ cdef class ReaderCore:
         self.drop(n)
         return taken
 
+    cdef bytes take_unread(self):
+        """All that no read has returned."""
+        cdef bytes taken = b""
+        if self._read_so_far is not None:
+            taken = b"".join(self._read_so_far)
+            self._read_so_far.clear()
+        if self._size:
+            taken += self.take(self._size)
+        return taken
+
     cdef int drop(self, Py_ssize_t n) except -1:
         self._size -= n
         self._searched = 0
@@ -828,6 +841,7 @@ cdef class ReaderCore:
             raise self._exception
         if self._size:
             taken.append(self.take(self._size))
+        self._read_so_far = None if self._eof else taken
         if self._eof:
             return taken[0] if len(taken) == 1 else b"".join(taken)
         self._wanted = 1
@@ -953,6 +967,13 @@ cdef class StreamProtocol(CompiledProtocol):
             reader.feed_data(data[:size])
         return 0
 
+    cdef bytes take_unread(self):
+        reader = self.reader()
+        if not isinstance(reader, ReaderCore):
+            return read_now(reader)
+        (<ReaderCore>reader)._paused = False  # to start TLS resumes reading by itself
+        return (<ReaderCore>reader).take_unread()
+
     def data_received(self, data):
         reader = self.reader()
         if isinstance(reader, ReaderCore) and PyBytes_CheckExact(data):
@@ -1023,7 +1044,21 @@ cdef class StreamProtocol(CompiledProtocol):
             self._closed = self._loop.create_future()
             if self._connection_lost:
                 self._resolve(self._closed)
-        return self._closed
+        return asyncio.shield(self._closed)  # else who is cancelled would cancel all that wait
+
+
+def _hand_over(transport, StreamProtocol protocol):
+    """Give what came in the clear to the TLS that was started on the transport."""
+    tls = transport.get_protocol()
+    if tls is protocol:
+        return  # it was refused
+    data = memoryview(protocol.take_unread())
+    while data:
+        room = tls.get_buffer(len(data))
+        n = min(len(data), len(room))
+        room[:n] = data[:n]
+        tls.buffer_updated(n)
+        data = data[n:]
 
 
 cdef class WriterCore:
@@ -1090,6 +1125,46 @@ cdef class WriterCore:
             if not closing:
                 return READY
         return wait_and_drain(self)
+
+    async def start_tls(
+        self, sslcontext, *, server_hostname=None, ssl_handshake_timeout=None,
+        ssl_shutdown_timeout=None,
+    ):
+        """Upgrade the stream to TLS, once what was written before has been taken.
+
+        What was received and not yet read goes to TLS: it is never read as if TLS had brought it.
+
+        Args:
+            sslcontext: an ``ssl.SSLContext``.
+            server_hostname: the name that a client sends and verifies.
+            ssl_handshake_timeout: seconds that the handshake may take; None for 60.
+            ssl_shutdown_timeout: seconds that the peer has at the end; None for 30.
+
+        Raises:
+            ssl.SSLError: the handshake failed.
+            OSError: the connection broke.
+        """
+        cdef StreamProtocol protocol = self._flow
+        options = {
+            "server_hostname": server_hostname, "ssl_handshake_timeout": ssl_handshake_timeout,
+        }
+        if ssl_shutdown_timeout is not None:
+            options["ssl_shutdown_timeout"] = ssl_shutdown_timeout
+        if protocol is None:
+            return await start_tls(self, sslcontext, **options)
+        await self.drain()
+        server_side = protocol._client_connected_cb is not None
+        transport = self._any_transport
+        starting = self._loop.start_tls(
+            transport, protocol, sslcontext, server_side=server_side, **options
+        )
+        if self._native is None or self._native.tls is not None:
+            # TLS of somebody else's, which does not know what the reader holds. It takes the
+            # protocol's place when the task begins, and the connection one iteration later.
+            starting = self._loop.create_task(starting)
+            self._loop.call_soon(self._loop.call_soon, _hand_over, transport, protocol)
+        self._transport = await starting
+        protocol._replace_transport(self._any_transport)
 
 
 class StreamReader(ReaderCore, asyncio.StreamReader):

@@ -10,6 +10,8 @@ cdef class CompiledProtocol:
     # A protocol that gets its bytes by a C call instead of `data_received`. ``owner`` is the object
     # that they are all of, or None.
     cdef int bytes_received(self, const char* data, Py_ssize_t size, bytes owner) except -1
+    # What it was given and nobody has read yet; it is forgotten.
+    cdef bytes take_unread(self)
 
 
 cdef class TransportGroup(StreamGroup):
@@ -64,3 +66,6 @@ cdef class Transport(Stream):
     cdef int _opened(self, object error) except -1
     cdef int _report(self, str message, object error) except -1
     cdef int _failed(self, str method, object error) except -1
+
+
+cdef bytes read_now(object reader)

@@ -8,6 +8,8 @@ from typing_extensions import Buffer, disjoint_base
 
 from uvsock._stream import LoopState, Stream, StreamGroup
 
+__pyx_capi__: dict[str, object]
+
 @disjoint_base
 class CompiledProtocol(asyncio.BaseProtocol): ...
 

@@ -53,6 +53,8 @@ cdef frozenset ABOUT_TLS = frozenset({
 cdef object Protocol = asyncio.Protocol
 cdef object BufferedProtocol = asyncio.BufferedProtocol
 cdef object NOTHING = object()
+# Here, not where it is used: programs replace asyncio's classes by compiled ones.
+cdef object StreamReaderProtocol = asyncio.StreamReaderProtocol
 cdef tuple ENDING_THE_RUN = (KeyboardInterrupt, SystemExit)
 
 
@@ -89,6 +91,9 @@ cdef class CompiledProtocol:
 
     cdef int bytes_received(self, const char* data, Py_ssize_t size, bytes owner) except -1:
         raise TypeError(f"{type(self).__name__} does not define bytes_received()")
+
+    cdef bytes take_unread(self):
+        return b""
 
 
 cdef class BufferedFace:
@@ -882,11 +887,22 @@ cdef class Transport(Stream):
         if self.sending:
             raise RuntimeError("unable to write; sendfile is in progress")
         self.begin_tls(context, server_side, server_hostname, self.handshake_timeout)
+        # What came in the clear is never read as if TLS had brought it, and a ClientHello that came
+        # with it is not lost.
+        unread = _unread(self.protocol)
+        if protocol is not self.protocol:
+            unread += _unread(protocol)
+        if self.rest is not None:
+            unread += self.rest
+            self.rest = None
+            self.full = False
         self.opening = self.state.loop.create_future()
         self.paused = False
         self.busy = True
         self._use(protocol)
         self._face()
+        if unread:
+            self.stash = [unread] if self.stash is None else [unread, *self.stash]
         self.schedule_pump()
         return self.opening
 
@@ -914,6 +930,31 @@ cdef class Transport(Stream):
     @property
     def _protocol_paused(self):
         return bool(self.writing_paused)
+
+
+cdef bytes _unread(object protocol):
+    """Take from a stream's protocol what it holds and nobody has read."""
+    if isinstance(protocol, CompiledProtocol):
+        return (<CompiledProtocol>protocol).take_unread()
+    if not isinstance(protocol, StreamReaderProtocol):
+        return b""  # what other protocols have been given is theirs
+    return read_now(getattr(protocol, "_stream_reader", None))
+
+
+cdef bytes read_now(object reader):
+    """Take what one of asyncio's readers holds."""
+    if reader is None:
+        return b""
+    reading = reader.read(sys.maxsize)
+    try:
+        reading.send(None)
+    except StopIteration as done:
+        return done.value
+    except Exception:
+        return b""  # the connection is lost, or somebody waits: nothing is held
+    finally:
+        reading.close()
+    return b""
 
 
 cdef Py_ssize_t _writable_size(object buffer) except -1:
