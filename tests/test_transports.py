@@ -2094,6 +2094,29 @@ async def test_a_stream_that_its_callback_waits_for_otherwise(net: Net) -> None:
 
 
 @uvsock_only
+async def test_a_peer_that_reads_has_no_more_time_for_its_handshake(plain_net: Net) -> None:
+    client, server = await plain_net.pair()
+    server.transport.write(b"z" * (16 << 20))
+    starting = asyncio.ensure_future(
+        plain_net.loop.start_tls(
+            server.transport,
+            server,
+            plain_net.authority.server_context(),
+            server_side=True,
+            ssl_handshake_timeout=0.3,
+        )
+    )
+    await asyncio.sleep(0)
+    server.transport.write_eof()
+    with pytest.raises(ConnectionAbortedError, match="SSL handshake is taking longer than 0.3"):
+        await soon(starting)
+    assert len(client.received) > 0
+    await soon(server.lost)
+    client.transport.abort()
+    await soon(client.lost)
+
+
+@uvsock_only
 async def test_start_tls_is_refused_while_a_file_is_sent(plain_net: Net, tmp_path: Path) -> None:
     """What is left of the file would leave in the clear, behind the ClientHello."""
     path = tmp_path / "file"

@@ -114,8 +114,13 @@ cdef class StreamGroup:
 
 @cython.final
 cdef class Deadlines:
-    # Of one stream, as loop time, 0 for none. Made with the first of them, gone with the last.
-    cdef double phase            # end of the handshake or of the linger
+    # Of one stream, as loop time, 0 for none. Made with the first of them, gone with the last. Each
+    # has its own place: what sets or clears one leaves the others alone.
+    cdef double handshake        # the TLS handshake has to be over
+    cdef double linger           # what was accepted has to be gone, and then the peer
+    cdef double broken           # a send failed, and reading has not told that it is over
+    cdef double retry            # a send that found no memory is tried again
+    cdef double backoff          # seconds that the last such try was put off
     cdef double timeout          # of `timeout()`
     cdef double active           # last traffic, kept only with an idle timeout
     cdef double timer_at
@@ -254,6 +259,7 @@ cdef class Stream:
     cdef int _leave_reading(self, Py_ssize_t before) except -1
     cdef inline Py_ssize_t pending(self) noexcept
     cdef int arm_writer(self) except -1
+    cdef int retry_later(self) except -1
     cdef void _disarm_writer(self)
     cdef int wake_writers(self) except -1
     cdef int on_writable(self) except -1
@@ -275,6 +281,7 @@ cdef class Stream:
     cdef int drop_transport(self) except -1
     cdef int _leave(self) except -1
     cdef double linger(self) noexcept
+    cdef bint _cuts_off(self) noexcept
     cdef void _drop_output(self)
     cdef int _broken(self, int code) except -1
     cdef int _end_pause(self) except -1
@@ -286,7 +293,9 @@ cdef class Stream:
 
     # Time
     cdef Deadlines deadlines(self)
-    cdef int limit_phase(self, double seconds) except -1
+    cdef int limit_linger(self) except -1
+    cdef int on_handshake_expired(self) except -1
+    cdef int on_linger_expired(self) except -1
     cdef int _drop_deadlines(self) except -1
     cdef int arm_timer(self) except -1
     cdef int _set_options(self) except -1

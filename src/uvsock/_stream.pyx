@@ -85,8 +85,10 @@ cdef enum:
 
 # Seconds until a connection whose send failed is dropped although its read side reports nothing.
 cdef double UVS_BROKEN_GRACE = 1.0
-# Seconds until a writer is armed again after no descriptor was left for its duplicate.
-cdef double UVS_RETRY_DELAY = 0.02
+# Seconds until a send is tried again where nothing tells when it can succeed: at first, and at most
+# after doubling each time. Without the delay it would be tried for ever by a whole processor.
+cdef double UVS_RETRY_FIRST = 0.001
+cdef double UVS_RETRY_LAST = 1.0
 # Seconds. uvloop's timers count whole milliseconds and may fire that much early.
 cdef double UVS_TIMER_SLACK = 0.001
 
@@ -890,9 +892,14 @@ cdef class Stream:
                 error.__cause__ = cause
             return self._tls_failed(error)
         self._send_outgoing()
+        if self.broken:
+            # The peer does not have what it needs to take it for done.
+            self.tls.handshaking = True
+            return self.begin_abort(self.error, False)
         if not done:
             return 0
-        self.deadlines().phase = 0
+        if self._deadlines is not None:
+            self._deadlines.handshake = 0
         if self.phase == CONNECTING:
             self._enter(ESTABLISHED)
         if self.phase <= ENDING:
@@ -1213,9 +1220,12 @@ cdef class Stream:
             if sent >= 0:
                 break
             code = errno
-            if code == EAGAIN or code == ENOBUFS:
+            if code == EAGAIN:
                 sent = 0
                 break
+            if code == ENOBUFS:
+                self.retry_later()
+                return 0
             if code == EINTR or code == EPROTOTYPE:
                 # macOS says EPROTOTYPE while a socket is being shut down; the next try says EPIPE.
                 retries += 1
@@ -1229,10 +1239,10 @@ cdef class Stream:
             self.deadlines().active = now()
         if (
             sent > 0 and self.phase >= ENDING
-            and self._deadlines is not None and self._deadlines.phase
+            and self._deadlines is not None and self._deadlines.linger
         ):
             # The peer reads: it is alive.
-            self._deadlines.phase = now() + self.linger()
+            self._deadlines.linger = now() + self.linger()
         if lone:
             if sent < held:
                 self._copy_lone(sent)
@@ -1351,10 +1361,19 @@ cdef class Stream:
         # uvloop lets nobody watch a descriptor that a transport owns, so a duplicate is watched.
         self.writer_fd = fcntl(self.fd, F_DUPFD_CLOEXEC, 0)
         if self.writer_fd < 0:
-            self.state.loop.call_later(UVS_RETRY_DELAY, self._on_writable)
-            return 0
+            return self.retry_later()  # no descriptor is left
         self.state.loop.add_writer(self.writer_fd, self._on_writable)
         return 0
+
+    cdef int retry_later(self) except -1:
+        """Call `_writable` after a while, where the kernel does not tell when it takes bytes."""
+        cdef Deadlines due = self.deadlines()
+        self.blocked = True
+        self._disarm_writer()  # it may be writable all the time
+        if not due.retry:
+            due.backoff = min(max(UVS_RETRY_FIRST, 2 * due.backoff), UVS_RETRY_LAST)
+            due.retry = now() + due.backoff
+        return self.arm_timer()
 
     cdef void _disarm_writer(self):
         if self.writer_fd >= 0:
@@ -1380,6 +1399,8 @@ cdef class Stream:
         finally:
             self.leave_turn()
         if not self.blocked:
+            if self._deadlines is not None:
+                self._deadlines.backoff = 0
             # After the tasks that wait for this: they write on, often as much as the kernel takes,
             # and to watch it anew takes four system calls.
             self.state.loop.call_soon(self._rest_writer)
@@ -1440,7 +1461,7 @@ cdef class Stream:
             return 0
         self._enter(ENDING)
         if self.pending():
-            self.limit_phase(self.linger())
+            self.limit_linger()
         self.wake_writers()  # of a send_all: nothing more is accepted
         if self.turn == 0 and self.corks == 0:
             self.flush_now()
@@ -1459,7 +1480,7 @@ cdef class Stream:
                 self.tls.feed(data)  # dropped, but not the handshake, nor what comes behind it
         self.stash = None
         self.peer_ended = self.tcp_eof or (self.tls is not None and self.tls.peer_closed)
-        self.limit_phase(self.linger())
+        self.limit_linger()
         self.update_reading()
         self.wake_writers()  # of a send_all: nothing more is accepted
         if self.tls is not None and self.tls.handshaking and self.pending():
@@ -1469,7 +1490,11 @@ cdef class Stream:
         return self._finish()
 
     cdef int begin_abort(self, object error, bint reset) except -1:
-        """Drop everything and close the transport; with ``reset`` the peer gets an RST."""
+        """Drop everything and close the transport.
+
+        With ``reset``, or if accepted bytes are lost, the peer gets an RST: after a FIN it would
+        take what it has for all.
+        """
         cdef linger_option option
         if self.phase >= LEAVING:
             return 0
@@ -1483,7 +1508,7 @@ cdef class Stream:
                 self.on_handshake(False, _handshake_error(error))
             if self.phase >= LEAVING:
                 return 0
-        if reset and self.fd >= 0:
+        if (reset or self._cuts_off()) and self.fd >= 0:
             option.l_onoff = 1
             option.l_linger = 0
             setsockopt(self.fd, SOL_SOCKET, SO_LINGER, &option, sizeof(option))
@@ -1497,6 +1522,16 @@ cdef class Stream:
         self._drop_output()
         self.stash = None
         return self.wake_writers()
+
+    cdef bint _cuts_off(self) noexcept:
+        """Whether the peer misses some of what was accepted, if the connection ends now."""
+        if self.dropped:
+            return True
+        if self.tls is not None and self.tls.handshaking:
+            # What waits for a handshake is no part of anything yet; what was written in the clear
+            # before it is.
+            return self.tls.wire_plain > 0
+        return self.pending() > 0
 
     cdef void _drop_output(self):
         if self.pending():
@@ -1517,7 +1552,9 @@ cdef class Stream:
             self._copy_lone(0)
         self.tls = TLSLayer(context, server_side, server_hostname)
         self.tls.wire_plain = held  # written before: it leaves as it is, ahead of the handshake
-        self.limit_phase(timeout)
+        if timeout != INFINITY:
+            self.deadlines().handshake = now() + timeout
+            self.arm_timer()
         return self.update_reading()
 
     cdef int _send_fin(self) except -1:
@@ -1532,16 +1569,21 @@ cdef class Stream:
                 except SSLError as error:
                     return self._tls_failed(error)
                 self._send_outgoing()
-                if self.blocked or self.broken:
+                if self.broken:
+                    return 0
+                if self.blocked:
+                    # Also where nothing was accepted: a peer that does not take the close_notify.
+                    if self._deadlines is None or not self._deadlines.linger:
+                        self.limit_linger()
                     return 0
                 if self.phase == ENDING:
                     self.schedule_pump()  # for what had to be decrypted first
         self.shut_down()
         self.fin_sent = True
+        if self._deadlines is not None:
+            self._deadlines.linger = self._deadlines.handshake = 0
         if self.phase == CLOSING:
-            self.limit_phase(self.linger())
-        elif self._deadlines is not None:
-            self._deadlines.phase = 0
+            self.limit_linger()
         return self._finish()
 
     cdef int shut_down(self) except -1:
@@ -1574,6 +1616,7 @@ cdef class Stream:
     cdef int _broken(self, int code) except -1:
         """A send failed. What was received before that is still delivered."""
         self.broken = True
+        self.dropped = True  # what the send was given, if nothing else
         if self.error is None:
             self.error = OSError(code, os.strerror(code))
         self._drop_output()
@@ -1581,7 +1624,8 @@ cdef class Stream:
         self.wake_writers()
         if self.phase >= CLOSING or (self.tcp_eof and not self.held_back()):
             return self.begin_abort(self.error, False)
-        self.limit_phase(0 if self.tcp_eof else UVS_BROKEN_GRACE)
+        self.deadlines().broken = now() + (0 if self.tcp_eof else UVS_BROKEN_GRACE)
+        self.arm_timer()
         return self.update_reading()
 
     cdef int _end_pause(self) except -1:
@@ -1639,28 +1683,27 @@ cdef class Stream:
             self._deadlines = Deadlines.__new__(Deadlines)
         return self._deadlines
 
-    cdef int limit_phase(self, double seconds) except -1:
-        """Call `_phase_expired` after so many seconds, unless the limit is lifted before."""
+    cdef int limit_linger(self) except -1:
+        """Call `on_linger_expired` if the peer takes nothing for so long."""
+        cdef double seconds = self.linger()
         if seconds == INFINITY:
             return 0
-        self.deadlines().phase = now() + seconds
+        self.deadlines().linger = now() + seconds
         return self.arm_timer()
 
     cdef int arm_timer(self) except -1:
         """Have the one timer fire no later than the earliest deadline."""
         cdef Deadlines due = self._deadlines
-        cdef double earliest, idle
+        cdef double earliest
         # As in `_on_timer`: a deadline that it passes over would fire for ever.
         cdef bint telling = self.opened and self.phase <= ENDING
         if due is None or self.phase >= LEAVING:
             return 0
-        earliest = due.phase
-        if telling and due.timeout and (not earliest or due.timeout < earliest):
-            earliest = due.timeout
-        if telling and self.group.idle_timeout > 0:
-            idle = due.active + self.group.idle_timeout
-            if not earliest or idle < earliest:
-                earliest = idle
+        earliest = earlier(earlier(due.handshake, due.linger), earlier(due.broken, due.retry))
+        if telling:
+            earliest = earlier(earliest, due.timeout)
+            if self.group.idle_timeout > 0:
+                earliest = earlier(earliest, due.active + self.group.idle_timeout)
         if not earliest:
             return 0 if due.timeout and self.phase <= ENDING else self._drop_deadlines()
         if due.timer is not None:
@@ -1688,9 +1731,18 @@ cdef class Stream:
             return
         self.turn += 1
         try:
-            if due.phase and due.phase <= t:
-                due.phase = 0
-                self._phase_expired()
+            if due.broken and due.broken <= t:
+                due.broken = 0
+                self._give_up()
+            if due.handshake and due.handshake <= t:
+                due.handshake = 0
+                self.on_handshake_expired()
+            if due.linger and due.linger <= t:
+                due.linger = 0
+                self.on_linger_expired()
+            if due.retry and due.retry <= t:
+                due.retry = 0
+                self._writable()
             if self.opened and self.phase <= ENDING:
                 if due.timeout and due.timeout <= t:
                     due.timeout = 0
@@ -1702,27 +1754,27 @@ cdef class Stream:
             self.leave_turn()
         self.arm_timer()
 
-    def _phase_expired(self):
-        if self.broken:
-            self._give_up()
-        elif self.tls is not None and self.tls.handshaking and self.phase <= ENDING:
-            self._tls_failed(ssl.SSLError(
-                ssl.SSL_ERROR_SSL,
-                f"the TLS handshake took longer than {self.group.handshake_timeout:g} seconds",
-            ))
-        elif not self.fin_sent:
-            # An RST, because a FIN would tell the peer that it has everything.
-            self.begin_abort(
-                TimeoutError(
-                    ETIMEDOUT,
-                    f"{self.pending()} bytes were not taken by the peer within linger_timeout "
-                    f"({self.group.linger_timeout:g} seconds)",
-                ),
-                True,
-            )
-        else:
+    cdef int on_handshake_expired(self) except -1:
+        return self._tls_failed(ssl.SSLError(
+            ssl.SSL_ERROR_SSL,
+            f"the TLS handshake took longer than {self.group.handshake_timeout:g} seconds",
+        ))
+
+    cdef int on_linger_expired(self) except -1:
+        if self.phase >= LEAVING:
+            return 0
+        if self.fin_sent:
             self._leave()
-            self.drop_transport()
+            return self.drop_transport()
+        # An RST, because a FIN would tell the peer that it has everything.
+        return self.begin_abort(
+            TimeoutError(
+                ETIMEDOUT,
+                f"{self.pending()} bytes were not taken by the peer within linger_timeout "
+                f"({self.group.linger_timeout:g} seconds)",
+            ),
+            True,
+        )
 
     cdef int _set_options(self) except -1:
         if self.tcp and not self.group.no_delay:
@@ -1732,6 +1784,11 @@ cdef class Stream:
         if self.group.idle_timeout > 0:
             self.deadlines().active = now()
         return 0
+
+
+cdef double earlier(double a, double b) noexcept:
+    """The earlier of two deadlines; 0 is none."""
+    return b if not a or 0 < b < a else a
 
 
 cdef int get_error(int fd) noexcept:

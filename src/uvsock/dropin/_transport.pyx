@@ -787,18 +787,14 @@ cdef class Transport(Stream):
     cdef double linger(self) noexcept:
         return self.shutdown_timeout if self.tls is not None and self.phase >= CLOSING else INFINITY
 
-    def _phase_expired(self):
-        if self.tls is not None and not self.broken:
-            if self.tls.handshaking and self.phase <= ENDING:
-                self.begin_abort(ConnectionAbortedError(
-                    f"SSL handshake is taking longer than {self.handshake_timeout} seconds: "
-                    "aborting the connection"
-                ), False)
-                return
-            if self.phase == CLOSING:
-                self.begin_abort(TimeoutError("SSL shutdown timed out"), False)
-                return
-        Stream._phase_expired(self)
+    cdef int on_handshake_expired(self) except -1:
+        return self.begin_abort(ConnectionAbortedError(
+            f"SSL handshake is taking longer than {self.handshake_timeout} seconds: "
+            "aborting the connection"
+        ), False)
+
+    cdef int on_linger_expired(self) except -1:
+        return self.begin_abort(TimeoutError("SSL shutdown timed out"), False)
 
     cdef int on_closed(self) except -1:
         self.begin_closed()
