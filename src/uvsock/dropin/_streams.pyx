@@ -1050,8 +1050,8 @@ cdef class StreamProtocol(CompiledProtocol):
 def _hand_over(transport, StreamProtocol protocol):
     """Give what came in the clear to the TLS that was started on the transport."""
     tls = transport.get_protocol()
-    if tls is protocol:
-        return  # it was refused
+    if tls is protocol or not hasattr(tls, "get_buffer"):
+        return  # it was refused, or it is uvsock's own, which asks the protocol
     data = memoryview(protocol.take_unread())
     while data:
         room = tls.get_buffer(len(data))
@@ -1158,9 +1158,9 @@ cdef class WriterCore:
         starting = self._loop.start_tls(
             transport, protocol, sslcontext, server_side=server_side, **options
         )
-        if self._native is None or self._native.tls is not None:
-            # TLS of somebody else's, which does not know what the reader holds. It takes the
-            # protocol's place when the task begins, and the connection one iteration later.
+        if self._native is None:
+            # Perhaps TLS of somebody else's, which does not know what the reader holds. It takes
+            # the protocol's place when the task begins, and the connection one iteration later.
             starting = self._loop.create_task(starting)
             self._loop.call_soon(self._loop.call_soon, _hand_over, transport, protocol)
         self._transport = await starting
