@@ -3,11 +3,8 @@
 import asyncio
 import enum
 import errno
-import io
-import os
 import socket as stdlib
 import ssl
-import stat
 import warnings
 
 cimport cython
@@ -28,6 +25,7 @@ from uvsock._stream cimport (
 
 from uvsock._contexts import client_context, server_context
 from uvsock._errors import SocketClosedError
+from uvsock._files import is_text, send_file, sendfile
 from uvsock._framing import as_framer
 from uvsock._handlers import as_handlers
 from uvsock._options import check_flag, check_seconds
@@ -43,11 +41,6 @@ cdef tuple ENDING_THE_RUN = (KeyboardInterrupt, SystemExit)
 # Seconds. A peer that connects and never finishes its handshake would otherwise stay for ever.
 cdef double UVS_HANDSHAKE_TIMEOUT = 60.0
 cdef dict DELIVERIES = {"bytes": AS_BYTES, "bytearray": AS_BYTEARRAY, "memoryview": AS_MEMORYVIEW}
-cdef enum:
-    # Bytes that sendfile reads at a time where the kernel cannot send from the file itself.
-    UVS_FILE_CHUNK = 262144
-    # Bytes of a file per sendfile(2): macOS and some file systems refuse counts near 2 GiB.
-    UVS_SENDFILE_LIMIT = 1 << 30
 
 
 class ReadyState(enum.IntEnum):
@@ -727,11 +720,14 @@ cdef class Socket(Stream):
             raise self._reason()
 
     async def sendfile(self, file, offset=0, count=None):
-        """Send a file, by sendfile(2) where the socket is plain and the file a regular one.
+        """Send a file, by sendfile(2) where that sends what reading the file gives.
+
+        That is where the socket is plain, and the file a regular one that ``open`` has opened. All
+        others are read, in a thread.
 
         Args:
-            file: a file opened in binary mode.
-            offset: first byte of the file to send.
+            file: a file opened in binary mode, or an object with its ``read`` method.
+            offset: first byte of the file to send; 0 where the file cannot seek.
             count: number of bytes to send; None for all up to the end of the file.
 
         Returns:
@@ -742,48 +738,40 @@ cdef class Socket(Stream):
             OSError: what broke the connection, or reading the file.
             SocketClosedError: the socket was closed, or its write side ended, in order.
         """
-        cdef long long position, sent = 0
         self.state.check()
-        if not hasattr(file, "read") or isinstance(file, io.TextIOBase):
+        if not hasattr(file, "read") or is_text(file):
             raise TypeError("file: must be a file opened in binary mode")
-        position = _index("offset", offset, LLONG_MAX)
+        _index("offset", offset, LLONG_MAX)
         if count is not None:
             _index("count", count, LLONG_MAX)
         await self._take_write_side()
         try:
-            native = self.tls is None and _is_regular(file)
-            while count is None or sent < count:
-                if self.phase != ESTABLISHED or self.broken:
-                    raise self._reason()
-                wanted = UVS_SENDFILE_LIMIT
-                if count is not None:
-                    wanted = min(count - sent, wanted)
-                if native:
-                    done = await self._send_from(file.fileno(), position + sent, wanted)
-                else:
-                    done = await self._copy_from(file, position + sent, min(wanted, UVS_FILE_CHUNK))
-                if done == 0:
-                    break
-                sent += done
-            return sent
+            if self.phase != ESTABLISHED or self.broken:
+                raise self._reason()
+            return await send_file(
+                self.state.loop, file, offset, count, self._send_from, self._send_piece
+            )
         finally:
             self._give_write_side()
-            if sent and hasattr(file, "seek"):
-                file.seek(position + sent)
 
-    async def _send_from(self, descriptor, position, wanted):
+    async def _send_from(self, file, position, size):
+        """What sendfile(2) takes of a file."""
         self.flush_now()
         while True:
             while self.blocked or self.pending():
                 await self._writable_again()
                 if self.phase != ESTABLISHED or self.broken:
                     raise self._reason()
+            if self.tls is not None:  # by upgrade_tls() meanwhile
+                raise asyncio.SendfileNotAvailableError("the socket is encrypted")
+            if self.phase != ESTABLISHED or self.broken:
+                raise self._reason()
             try:
-                done = os.sendfile(self.fd, descriptor, position, wanted)
+                done = sendfile(self.fd, file, position, size)
             except BlockingIOError:
                 self.arm_writer()
                 continue
-            except (BrokenPipeError, ConnectionError) as error:
+            except OSError as error:
                 self._broken(error.errno)
                 raise self._reason() from None
             self.bytes_written += done
@@ -791,22 +779,17 @@ cdef class Socket(Stream):
                 self.deadlines().active = now()
             return done
 
-    async def _copy_from(self, file, position, wanted):
+    async def _send_piece(self, data):
+        """All of some bytes, for the call that has the write side to itself."""
         cdef Py_ssize_t offset = 0, taken
-
-        def read():
-            file.seek(position)
-            return file.read(wanted)
-
-        data = await self.state.loop.run_in_executor(None, read)
-        while offset < len(data):
+        while True:
             taken = self._write_piece(data, offset)
             if taken < 0:
                 raise self._reason()
             offset += taken
-            if offset < len(data):
-                await self._writable_again()
-        return offset
+            if offset == len(data):
+                return
+            await self._writable_again()
 
     def flush(self):
         """Send what is held now, as far as the kernel takes it."""
@@ -1224,14 +1207,6 @@ cdef object _index(str name, object value, object limit):
     if not 0 <= value <= limit:
         raise ValueError(f"{name}: must be between 0 and {limit}, not {value}")
     return value
-
-
-cdef bint _is_regular(object file):
-    try:
-        descriptor = file.fileno()
-    except (AttributeError, OSError):
-        return False  # io.UnsupportedOperation: no file of the system's
-    return stat.S_ISREG(os.fstat(descriptor).st_mode)
 
 
 cdef object _address(tuple end):

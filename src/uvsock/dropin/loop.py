@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import asyncio.unix_events
 import contextvars
 import errno
-import io
 import logging
 import os
 import socket
@@ -16,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import uvloop
 
@@ -27,39 +25,22 @@ from uvsock._stream import state_of
 from uvsock._uvloop import attach
 from uvsock.dropin._transport import Transport, TransportGroup
 from uvsock.dropin.bridge import bridge
+from uvsock.dropin.sendfile import SendFile
 from uvsock.dropin.server import Server
 
 logger = logging.getLogger("asyncio")
 
-_Base: Any = asyncio.BaseEventLoop
-_UnixBase: Any = asyncio.unix_events._UnixSelectorEventLoop
-
-# Bytes of a file that are read at a time where the kernel cannot send from the file itself.
-_FILE_CHUNK = 262144
 
 ProtocolFactory = Callable[[], asyncio.BaseProtocol]
 
 
-class Loop(uvloop.Loop):
+class Loop(SendFile, uvloop.Loop):
     """uvloop's event loop, on which TCP, Unix and TLS connections are uvsock's.
 
     Arguments, their checks and the texts of errors are asyncio's; reading, writing and TLS are
     uvsock's; all the rest is uvloop's.
     """
 
-    if not TYPE_CHECKING:
-        sendfile = _Base.sendfile
-        sock_sendfile = _Base.sock_sendfile
-        _check_sendfile_params = _Base._check_sendfile_params
-        _sock_sendfile_fallback = _Base._sock_sendfile_fallback
-        _sock_sendfile_native = _UnixBase._sock_sendfile_native
-        _sock_sendfile_native_impl = _UnixBase._sock_sendfile_native_impl
-        _sock_sendfile_update_filepos = _UnixBase._sock_sendfile_update_filepos
-        _sock_add_cancellation_callback = _UnixBase._sock_add_cancellation_callback
-
-    @property
-    def _debug(self) -> bool:
-        return self.get_debug()
 
     # ── Connecting ─────────────────────────────────────────────────────────────────────────────
 
@@ -446,52 +427,6 @@ class Loop(uvloop.Loop):
             raise
         self.call_soon(inner._start_reading)
         return cast(asyncio.Transport, inner)
-
-    # ── Sending files ──────────────────────────────────────────────────────────────────────────
-
-    async def _sendfile_native(
-        self, transport: Transport, file: Any, offset: int, count: int | None
-    ) -> int:
-        transport._begin_file()
-        sent: int = 0
-        try:
-            await transport._written()
-            if transport.is_closing():
-                raise ConnectionError("Connection closed by peer")
-            # A duplicate, because the loop lets nobody watch a transport's own descriptor.
-            with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as sock:
-                sock.setblocking(False)
-                native: Any = self.sock_sendfile(sock, file, offset, count, fallback=False)
-                sent = await native
-        finally:
-            transport._end_file(sent)
-        return sent
-
-    async def _sendfile_fallback(
-        self, transport: Transport, file: Any, offset: int, count: int | None
-    ) -> int:
-        if count is not None and count < 0:
-            raise ValueError(f"count must be 0 or more, not {count}")
-        if isinstance(file, io.TextIOBase):
-            raise ValueError("file should be opened in binary mode")
-        if offset:
-            file.seek(offset)
-        sent = 0
-        try:
-            while count is None or sent < count:
-                size = _FILE_CHUNK if count is None else min(_FILE_CHUNK, count - sent)
-                chunk = await self.run_in_executor(None, file.read, size)
-                if not chunk:
-                    break
-                await transport._written()
-                if transport.is_closing():
-                    raise ConnectionError("Connection closed by peer")
-                transport.write(chunk)
-                sent += len(chunk)
-        finally:
-            if sent and hasattr(file, "seek"):
-                file.seek(offset + sent)
-        return sent
 
 
 class _AsyncioDialler(Dialler):
