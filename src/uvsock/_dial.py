@@ -147,7 +147,9 @@ async def _attempt(
             made, sock = sock, None
             return made
     except OSError as error:
-        failed.append(dialler.not_connected(address, own, error))
+        # Without its traceback, which would keep this frame, and so itself, until the next
+        # collection of garbage: it is raised from elsewhere.
+        failed.append(dialler.not_connected(address, own, error).with_traceback(None))
     finally:
         if sock is not None:
             sock.close()
@@ -199,10 +201,12 @@ async def connected(sock: socket.socket, address: Any) -> None:
         loop.add_writer(sock, _settle, writable)
         try:
             await writable
+            # Before it is not watched any more: if the program has closed the socket meanwhile, that
+            # is what keeps its descriptor.
+            number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         finally:
             if sock.fileno() >= 0:
                 loop.remove_writer(sock)
-        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if number:
             raise OSError(number, os.strerror(number)) from None
 

@@ -934,7 +934,11 @@ cdef class StreamProtocol(CompiledProtocol):
         writer = StreamWriter(transport, self, reader, self._loop)
         if KEEP_WRITER:
             self._stream_writer = writer
-        started = self._client_connected_cb(reader, writer)
+        try:
+            started = self._client_connected_cb(reader, writer)
+        except Exception as error:
+            self._report(error, transport)
+            started = None
         if started is not None and inspect.isawaitable(started):
             self._task = asyncio.ensure_future(started, loop=self._loop)
             self._task.add_done_callback(self._task_done)
@@ -944,20 +948,25 @@ cdef class StreamProtocol(CompiledProtocol):
         self._strong_reader = None
 
     def _task_done(self, task):
-        transport = task_transport = self._transport
+        transport = self._transport
         if task.cancelled():
             if transport is not None:
                 transport.close()
             return
         error = task.exception()
         if error is not None:
-            self._loop.call_exception_handler({
-                "message": "Unhandled exception in client_connected_cb",
-                "exception": error,
-                "transport": task_transport,
-            })
-            if transport is not None:
-                transport.close()
+            self._report(error, transport)
+
+    cdef int _report(self, object error, object transport) except -1:
+        """The program's function for a new connection, or its task, has raised."""
+        self._loop.call_exception_handler({
+            "message": "Unhandled exception in client_connected_cb",
+            "exception": error,
+            "transport": transport,
+        })
+        if transport is not None:
+            transport.close()
+        return 0
 
     cdef int bytes_received(self, const char* data, Py_ssize_t size, bytes owner) except -1:
         reader = self.reader()

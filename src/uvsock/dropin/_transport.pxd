@@ -18,6 +18,7 @@ cdef class TransportGroup(StreamGroup):
     # What the transports of one server, or one connection, share.
     cdef object __weakref__
     cdef object protocol_factory        # a server's; None where a client has its protocol
+    cdef public object server           # that accepts for it, as long as it does
 
 
 cdef class Transport(Stream):

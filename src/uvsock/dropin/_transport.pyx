@@ -218,6 +218,10 @@ cdef class Transport(Stream):
         self.inside = False
         return PyContext_Exit(context)
 
+    @property
+    def _context(self):
+        return self.group.context if self.context is None else self.context
+
     cdef object _call(self, object method, object argument):
         """Call a method of the protocol with this argument, or NOTHING."""
         cdef double begun = now() if self.state.debug else 0

@@ -88,7 +88,9 @@ async def bridge(loop: Loop, outer: asyncio.Transport) -> Transport:
     """A transport whose bytes go through ``outer``, and which TLS can be put on."""
     outer.pause_reading()
     near, far = socket.socketpair()
-    group = TransportGroup(state_of(loop))
+    # Its protocol goes on in the context of the connection.
+    context = outer._context if type(outer) is Transport else None
+    group = TransportGroup(state_of(loop), context=context)
     try:
         inner = await loop._open(group, asyncio.Protocol(), near)
     except BaseException:

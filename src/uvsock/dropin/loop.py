@@ -125,11 +125,14 @@ class Loop(SendFile, uvloop.Loop):
         sock, errors = await dial(infos, local, delay, _AsyncioDialler(self))
         if sock is not None:
             return sock
-        if all_errors:
-            raise ExceptionGroup("create_connection failed", errors)
-        if len({str(error) for error in errors}) == 1:
-            raise errors[0]
-        raise OSError(f"Multiple exceptions: {', '.join(map(str, errors))}")
+        try:
+            if all_errors:
+                raise ExceptionGroup("create_connection failed", errors)
+            if len({str(error) for error in errors}) == 1:
+                raise errors[0]
+            raise OSError(f"Multiple exceptions: {', '.join(map(str, errors))}")
+        finally:
+            del errors  # or the error would hold this frame, and this frame the error
 
     async def _resolved(
         self, address: tuple[Any, ...], family: int, proto: int, flags: int
@@ -244,6 +247,8 @@ class Loop(SendFile, uvloop.Loop):
             transport._drop()
             await group.when_empty()  # the descriptor is closed, and `sock` detached
             raise
+        finally:
+            del opened  # it holds the error, and the error this frame
         # Not before the caller has the transport, as asyncio promises.
         self.call_soon(transport._start_reading)
         return transport
@@ -425,6 +430,8 @@ class Loop(SendFile, uvloop.Loop):
         except BaseException:
             inner._drop()
             raise
+        finally:
+            del done  # it holds the error, and the error this frame
         self.call_soon(inner._start_reading)
         return cast(asyncio.Transport, inner)
 

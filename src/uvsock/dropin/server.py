@@ -62,6 +62,7 @@ class Server(asyncio.Server):
     def _start(self) -> None:
         if self._accepting or self._sockets is None:
             return
+        self._group.server = self  # or a server that the program forgets could not be closed
         for sock in self._sockets:
             # Here and not in uvloop, which would not tell of an error.
             sock.listen(self._backlog)
@@ -94,6 +95,7 @@ class Server(asyncio.Server):
         sockets, self._sockets = self._sockets, None
         if sockets is None:
             return
+        self._group.server = None
         self._group.stopped = True  # for those that uvloop has accepted in this iteration
         for server in self._accepting:
             server.close()
@@ -119,8 +121,8 @@ class Server(asyncio.Server):
 
     async def wait_closed(self) -> None:
         """Wait until it is closed and its last connection is lost."""
-        await asyncio.shield(self._closed)
-        await asyncio.sleep(0)  # what was accepted in the same iteration is made now, and dropped
+        if not self._closed.done():
+            await asyncio.shield(self._closed)
         await self._group.when_empty()
 
     async def __aenter__(self) -> Self:
