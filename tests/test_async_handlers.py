@@ -1161,7 +1161,7 @@ async def test_what_a_plain_handler_returns_is_awaited(wire: Wire, way: str) -> 
     client.end(b"x")
     await soon(client.wait_closed())
     await until(lambda: "close ends" in journal.entries)
-    assert journal.entries == [text for name in names for text in (f"{name} begins", f"{name} ends")]
+    assert journal.entries == [f"{name} {step}" for name in names for step in ("begins", "ends")]
     assert journal.received == b"x"
     await stopped(listener)
 

@@ -51,9 +51,7 @@ class Sender:
             self._send = self.end.sendfile
         elif self.way == "Loop.sendfile":
             if self.wire.kind == "unix":
-                made = await self.loop.create_unix_connection(
-                    asyncio.Protocol, self.listener.unix
-                )
+                made = await self.loop.create_unix_connection(asyncio.Protocol, self.listener.unix)
             else:
                 options: dict[str, Any] = {}
                 if self.wire.encrypted:
@@ -101,9 +99,7 @@ async def sender(request: pytest.FixtureRequest, wire: Wire) -> AsyncIterator[Se
 
 
 @pytest.fixture(params=WAYS)
-async def plain_sender(
-    request: pytest.FixtureRequest, plain_wire: Wire
-) -> AsyncIterator[Sender]:
+async def plain_sender(request: pytest.FixtureRequest, plain_wire: Wire) -> AsyncIterator[Sender]:
     sender = Sender(request.param, plain_wire)
     await sender.open()
     yield sender
@@ -198,7 +194,7 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "minimal": Minimal,
 }
 if sys.platform == "linux":
-    FILES["proc"] = lambda path: Path("/proc/self/limits").open("rb")
+    FILES["proc"] = lambda path: io.BufferedReader(io.FileIO("/proc/self/limits"))
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -267,7 +263,7 @@ async def test_what_the_kernel_refuses_is_read(
 
 async def test_a_file_that_cannot_seek_is_read_from_where_it_is(sender: Sender) -> None:
     reading, writing = os.pipe()
-    with open(reading, "rb", buffering=0) as file:
+    with io.FileIO(reading) as file:
         os.write(writing, b"through a pipe")
         os.close(writing)
         with pytest.raises(io.UnsupportedOperation, match="^offset: must be 0, not 3"):
@@ -279,9 +275,8 @@ async def test_a_file_that_cannot_seek_is_read_from_where_it_is(sender: Sender) 
 async def test_a_pipe_that_has_nothing_yet_is_not_at_its_end(sender: Sender) -> None:
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
-    with open(reading, "rb", buffering=0) as file, open(writing, "wb"):
-        with pytest.raises(BlockingIOError):
-            await sender.send(file)
+    with io.FileIO(reading) as file, io.FileIO(writing, "w"), pytest.raises(BlockingIOError):
+        await sender.send(file)
 
 
 async def test_text_is_refused(sender: Sender, path: Path) -> None:
@@ -553,7 +548,7 @@ async def test_a_transport_that_is_no_stream_is_refused() -> None:
     with pytest.raises(RuntimeError, match="sendfile is not supported for transport"):
         await loop.sendfile(transport, io.BytesIO(b"x"))  # type: ignore[arg-type]
     reading, writing = os.pipe()
-    pipe, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, open(writing, "wb"))  # noqa: SIM115
+    pipe, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, io.FileIO(writing, "w"))
     with pytest.raises(RuntimeError, match="sendfile is not supported for transport"):
         await loop.sendfile(pipe, io.BytesIO(b"x"))
     transport.close()

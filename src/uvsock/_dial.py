@@ -201,8 +201,8 @@ async def connected(sock: socket.socket, address: Any) -> None:
         loop.add_writer(sock, _settle, writable)
         try:
             await writable
-            # Before it is not watched any more: if the program has closed the socket meanwhile, that
-            # is what keeps its descriptor.
+            # Before it is not watched any more: that is what keeps the descriptor of a socket that
+            # the program has closed meanwhile.
             number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         finally:
             if sock.fileno() >= 0:

@@ -12,14 +12,12 @@ import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from typing_extensions import Buffer
-
 # Bytes of a file that are read at a time.
 _CHUNK: Final = 262144
 # Bytes per sendfile(2): macOS and some file systems refuse counts near 2 GiB.
 _MAX_SENDFILE: Final = 1 << 30
 # What sendfile(2) says of the connection. All else may be said of the file, or of the two together
-# (EINVAL in /proc, EOVERFLOW, ENOSYS or EPERM in a sandbox): reading it then works, or says why not.
+# (EINVAL in /proc, EOVERFLOW, ENOSYS or EPERM in a sandbox): reading it works, or says why not.
 _OF_THE_CONNECTION: Final = frozenset(
     {
         errno.EPIPE,
@@ -36,7 +34,7 @@ _OF_THE_CONNECTION: Final = frozenset(
 # One sendfile(2) of a file, from a position, of so many bytes: how many were sent, 0 at its end.
 # SendfileNotAvailableError: the file has to be read.
 ByKernel = Callable[[Any, int, int], Awaitable[int]]
-Write = Callable[[Buffer], Awaitable[object]]
+Write = Callable[[bytes], Awaitable[object]]
 
 
 def is_text(file: object) -> bool:

@@ -332,7 +332,7 @@ cdef class Transport(Stream):
     cdef int _use(self, object protocol) except -1:
         self.protocol = protocol
         self.compiled = protocol if isinstance(protocol, CompiledProtocol) else None
-        # By its base class, and by what it has: programs derive from both, or from BaseProtocol only.
+        # By its base class, and by what it has: programs derive from both, or BaseProtocol only.
         if isinstance(protocol, BufferedProtocol) or (
             not isinstance(protocol, Protocol) and hasattr(protocol, "get_buffer")
         ):

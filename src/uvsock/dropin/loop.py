@@ -41,7 +41,6 @@ class Loop(SendFile, uvloop.Loop):
     uvsock's; all the rest is uvloop's.
     """
 
-
     # ── Connecting ─────────────────────────────────────────────────────────────────────────────
 
     async def create_connection(  # type: ignore[override]

@@ -9,8 +9,6 @@ import socket
 import ssl
 from typing import IO, Any, cast
 
-from typing_extensions import Buffer
-
 from uvsock._files import is_text, send_file, sendfile
 from uvsock.dropin._transport import Transport
 
@@ -169,9 +167,7 @@ def _not_supported(transport: object) -> RuntimeError:
     return RuntimeError(f"sendfile is not supported for transport {transport!r}")
 
 
-def _check(
-    file: Any, offset: object, count: object, sock: socket.socket | None = None
-) -> None:
+def _check(file: Any, offset: object, count: object, sock: socket.socket | None = None) -> None:
     """What asyncio checks, in its order and words."""
     if is_text(file):
         raise ValueError("file should be opened in binary mode")
@@ -195,7 +191,7 @@ def _set(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-async def _write(transport: Transport, data: Buffer) -> None:
+async def _write(transport: Transport, data: bytes) -> None:
     await transport._written()
     if transport.is_closing():
         raise ConnectionError("Connection closed by peer")
@@ -217,7 +213,7 @@ class _Writer(asyncio.Protocol):
         transport.pause_reading()
         transport.set_protocol(self)
 
-    async def write(self, data: Buffer) -> None:
+    async def write(self, data: bytes) -> None:
         # By the size and not by what was called: the transport may be full from before.
         while (
             not self._transport.is_closing()
