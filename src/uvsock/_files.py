@@ -34,7 +34,7 @@ _OF_THE_CONNECTION: Final = frozenset(
 # One sendfile(2) of a file, from a position, of so many bytes: how many were sent, 0 at its end.
 # SendfileNotAvailableError: the file has to be read.
 ByKernel = Callable[[Any, int, int], Awaitable[int]]
-Write = Callable[[bytes], Awaitable[object]]
+Write = Callable[[bytes | bytearray], Awaitable[object]]
 
 
 def is_text(file: object) -> bool:
@@ -115,7 +115,7 @@ async def send_file(
             sent += done
         return sent
     finally:
-        if sent and not getattr(file, "closed", False):
+        if (sent or offset) and not getattr(file, "closed", False):
             content.leave_at(offset + sent)
 
 
@@ -140,7 +140,7 @@ class _Plain:
         if type(file) is io.BufferedRandom:
             file.flush()  # before this, what the program wrote is not there
 
-    def read(self, position: int, size: int) -> bytes:
+    def read(self, position: int, size: int) -> bytes | bytearray:
         # Asked for each time: a file that was closed says so, and its number may be another's.
         return os.pread(self._file.fileno(), size, position)
 
@@ -162,7 +162,7 @@ class _Content:
         if offset and not self._seekable:
             raise io.UnsupportedOperation(f"offset: must be 0, not {offset}: {file!r} cannot seek")
 
-    def read(self, position: int, size: int) -> bytes:
+    def read(self, position: int, size: int) -> bytes | bytearray:
         if self._seekable:
             with self._lock:
                 if self._file.tell() != position:

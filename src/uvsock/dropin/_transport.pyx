@@ -818,6 +818,7 @@ cdef class Transport(Stream):
                 "the connection was closed before it was ready"))
         # Nothing of the program's is kept alive by a transport that somebody forgot to drop.
         self.protocol = self.get_buffer = self.buffer_updated = None
+        self.error = None  # its traceback may lead back to here
         self.compiled = self.lender = self.context = None
         return 0
 

@@ -84,7 +84,7 @@ class _Middle(_Relay):
             self.transport.close()
 
 
-async def bridge(loop: Loop, outer: asyncio.Transport) -> Transport:
+async def bridge(loop: Loop, outer: Any) -> Transport:
     """A transport whose bytes go through ``outer``, and which TLS can be put on."""
     outer.pause_reading()
     near, far = socket.socketpair()

@@ -34,7 +34,7 @@ logger = logging.getLogger("asyncio")
 ProtocolFactory = Callable[[], asyncio.BaseProtocol]
 
 
-class Loop(SendFile, uvloop.Loop):
+class Loop(SendFile):
     """uvloop's event loop, on which TCP, Unix and TLS connections are uvsock's.
 
     Arguments, their checks and the texts of errors are asyncio's; reading, writing and TLS are
@@ -595,8 +595,12 @@ def install() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
 
-        class EventLoopPolicy(uvloop.EventLoopPolicy):  # type: ignore[misc]
-            def new_event_loop(self) -> Loop:
-                return new_event_loop()
+        asyncio.set_event_loop_policy(_policy()())
 
-        asyncio.set_event_loop_policy(EventLoopPolicy())
+
+def _policy() -> Any:
+    # Made when it is asked for: from Python 3.14 on the class itself is deprecated.
+    def make(policy: object) -> Loop:
+        return new_event_loop()
+
+    return type("EventLoopPolicy", (uvloop.EventLoopPolicy,), {"new_event_loop": make})

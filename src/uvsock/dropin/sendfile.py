@@ -9,6 +9,8 @@ import socket
 import ssl
 from typing import IO, Any, cast
 
+import uvloop
+
 from uvsock._files import is_text, send_file, sendfile
 from uvsock.dropin._transport import Transport
 
@@ -25,12 +27,12 @@ _STREAM_METHODS = (
 )
 
 
-class SendFile(asyncio.AbstractEventLoop):
+class SendFile(uvloop.Loop):
     """The part of the loop that sends files; it needs nothing that a loop does not have."""
 
     async def sendfile(
         self,
-        transport: asyncio.WriteTransport,
+        transport: Any,
         file: IO[bytes],
         offset: int = 0,
         count: int | None = None,
@@ -191,7 +193,7 @@ def _set(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-async def _write(transport: Transport, data: bytes) -> None:
+async def _write(transport: Transport, data: bytes | bytearray) -> None:
     await transport._written()
     if transport.is_closing():
         raise ConnectionError("Connection closed by peer")
@@ -213,7 +215,7 @@ class _Writer(asyncio.Protocol):
         transport.pause_reading()
         transport.set_protocol(self)
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: bytes | bytearray) -> None:
         # By the size and not by what was called: the transport may be full from before.
         while (
             not self._transport.is_closing()

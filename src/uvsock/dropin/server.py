@@ -74,7 +74,10 @@ class Server(asyncio.Server):
         await asyncio.sleep(0)
 
     async def serve_forever(self) -> None:
-        """Accept connections until this is cancelled, which closes the server."""
+        """Accept connections until this is cancelled, which closes the server and its clients.
+
+        As from Python 3.15 on: before, one client that stayed would keep the program from ending.
+        """
         if self._forever is not None:
             raise RuntimeError(f"server {self!r} is already being awaited on serve_forever()")
         if self._sockets is None:
@@ -85,6 +88,7 @@ class Server(asyncio.Server):
             await self._forever
         except asyncio.CancelledError:
             self.close()
+            self.close_clients()
             await self.wait_closed()
             raise
         finally:
