@@ -2173,3 +2173,210 @@ async def test_a_buffered_protocol_gets_no_plain_bytes_after_tls_has_begun(
     await soon(server.lost)
     assert server.received == b"STARTTLS"
     await soon(client.lost)
+
+
+# ── Endings, limits and names ──────────────────────────────────────────────────────────────────
+
+
+async def test_writing_after_write_eof_is_refused_after_close_too(plain_net: Net) -> None:
+    client, server = await plain_net.pair()
+    client.transport.write_eof()
+    for _ in ("ended", "closed", "lost"):
+        for write in (
+            lambda: client.transport.write(b"x"),
+            lambda: client.transport.writelines([b"x"]),
+            lambda: client.transport.writelines([]),
+        ):
+            with pytest.raises(RuntimeError, match=r"Cannot call write(lines)?\(\) after write_eof"):
+                write()
+        if not client.transport.is_closing():
+            client.transport.close()
+        else:
+            await soon(client.lost)
+    await soon(server.lost)
+
+
+@uvsock_only
+async def test_writing_after_write_eof_is_refused_with_tls(tls_net: Net) -> None:
+    client, server = await tls_net.pair()
+    client.transport.write_eof()
+    client.transport.close()
+    with pytest.raises(RuntimeError, match="after write_eof"):
+        client.transport.write(b"x")
+    await soon(client.lost)
+    await soon(server.lost)
+
+
+async def test_write_eof_after_close_is_nothing(plain_net: Net) -> None:
+    client, server = await plain_net.pair()
+    client.transport.close()
+    client.transport.write_eof()
+    client.transport.write(b"x")
+    await soon(client.lost)
+    await soon(server.lost)
+    assert server.received == b""
+
+
+@uvsock_only  # asyncio resumes when the kernel has taken more
+@pytest.mark.parametrize("within", [False, True])
+async def test_raising_the_limits_resumes_the_protocol(net: Net, within: bool) -> None:
+    def paused(protocol: Recorder) -> None:
+        if within:
+            protocol.transport.set_write_buffer_limits(high=64 << 20)
+            assert protocol.events == ["made", "pause"]  # not yet: the protocol is told of one
+
+    client, server = await net.pair(lambda: Recorder(pause=paused))
+    server.transport.pause_reading()
+    client.transport.write(b"x" * (16 << 20))
+    if not within:
+        assert client.events == ["made", "pause"]
+        client.transport.set_write_buffer_limits(high=20 << 20)  # too little: low is a quarter
+        assert client.events == ["made", "pause"]
+        client.transport.set_write_buffer_limits(high=64 << 20)
+    assert client.events == ["made", "pause", "resume"]
+    assert client.transport.get_write_buffer_size() > 0
+    client.transport.abort()
+    server.transport.resume_reading()
+    await soon(client.lost)
+    await soon(server.lost)
+
+
+@pytest.mark.parametrize("ending", ["close_notify", "fin"])
+async def test_a_stream_handler_answers_after_the_peers_end(tls_net: Net, ending: str) -> None:
+    """It is woken by the end, and neither its write nor its drain() is an error."""
+    done = tls_net.loop.create_future()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            received = await reader.read()
+            writer.write(b"late")
+            await writer.drain()
+            writer.close()
+            done.set_result(received)
+        except Exception as error:
+            done.set_exception(error)
+
+    server = await asyncio.start_server(
+        handle, "127.0.0.1", 0, ssl=tls_net.authority.server_context()
+    )
+    reader, writer = await asyncio.open_connection(
+        *server.sockets[0].getsockname(),
+        ssl=tls_net.authority.client_context(),
+        server_hostname=SERVER_NAME,
+    )
+    writer.write(b"question")
+    await writer.drain()
+    if ending == "close_notify":
+        writer.close()
+    else:
+        await asyncio.sleep(0)
+        sock = writer.get_extra_info("socket")
+        plain = socket.socket(fileno=os.dup(sock.fileno()))
+        plain.shutdown(socket.SHUT_WR)
+        plain.close()
+    assert await soon(done) == b"question"
+    writer.close()
+    with contextlib.suppress(OSError):
+        await soon(writer.wait_closed())
+    server.close()
+    await soon(server.wait_closed())
+
+
+async def test_a_closed_connections_socket_refuses_by_an_oserror(tcp_net: Net) -> None:
+    client, server = await tcp_net.pair()
+    client.transport.close()
+    await soon(client.lost)
+    await soon(server.lost)
+    for transport in (client.transport, server.transport):
+        sock = transport.get_extra_info("socket")
+        assert sock.fileno() == -1
+        for refused in (
+            sock.getpeername,
+            sock.getsockname,
+            sock.dup,
+            lambda sock=sock: sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR),
+            lambda sock=sock: sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+            lambda sock=sock: sock.shutdown(socket.SHUT_RDWR),
+        ):
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                refused()
+
+
+@uvsock_only  # asyncio waits for the handshake's time to pass
+async def test_start_tls_on_a_closed_transport_is_an_oserror(plain_net: Net) -> None:
+    client, server = await plain_net.pair()
+    context = plain_net.authority.client_context()
+    client.transport.close()
+    for _ in ("closing", "lost"):
+        with pytest.raises(ConnectionResetError, match="Transport is closing"):
+            await plain_net.loop.start_tls(
+                client.transport, client, context, server_hostname=SERVER_NAME
+            )
+        await soon(client.lost)
+    await soon(server.lost)
+
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs SO_PEERNAME")
+
+
+def knock(address: Any) -> Any:
+    """A client that has reset before it is accepted: its address."""
+    with socket.create_connection(address[:2]) as sock:
+        sock.send(b"x")
+        name = sock.getsockname()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    return name
+
+
+@linux_only
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("asked_early", [False, True])
+async def test_the_address_of_a_client_that_reset_before_it_was_accepted(
+    host: str, asked_early: bool
+) -> None:
+    loop = asyncio.get_running_loop()
+    early: list[Any] = []
+    late: list[Any] = []
+    lost = loop.create_future()
+
+    class Protocol(asyncio.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            self.transport = transport
+            if asked_early:
+                early.append(transport.get_extra_info("peername"))
+
+        def connection_lost(self, error: Exception | None) -> None:
+            late.append(self.transport.get_extra_info("peername"))
+            lost.set_result(self.transport)
+
+    server = await loop.create_server(Protocol, host, 0)
+    name = knock(server.sockets[0].getsockname())
+    transport = await soon(lost)
+    assert early == ([name] if asked_early else [])
+    assert late == [name]
+    await asyncio.sleep(0)
+    assert transport.get_extra_info("peername") == name
+    assert transport.is_closing()
+    server.close()
+    await soon(server.wait_closed())
+
+
+@linux_only
+@uvsock_only
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_a_sockets_remote_address_is_known_if_it_reset_before_it_was_accepted(
+    host: str,
+) -> None:
+    closed = asyncio.get_running_loop().create_future()
+    listener = await uvsock.listen(
+        {"data": lambda sock, data: None, "close": lambda sock, error: closed.set_result(sock)},
+        host,
+        0,
+    )
+    name = knock((listener.hostname, listener.port))
+    sock = await soon(closed)
+    assert (sock.remote_address, sock.remote_port) == name[:2]
+    assert sock.remote_family == ("IPv6" if ":" in host else "IPv4")
+    assert sock.get_extra_info("peername") == name
+    listener.stop()
+    await soon(listener.wait_closed())

@@ -16,4 +16,9 @@
 #endif
 #endif
 
+/* The address of a peer that is gone, which getpeername(2) refuses. Linux only. */
+#ifndef SO_PEERNAME
+#define SO_PEERNAME -1
+#endif
+
 #endif

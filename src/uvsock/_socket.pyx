@@ -1060,7 +1060,7 @@ cdef class Socket(Stream):
 
     cdef object _end(self, str name):
         """An address of the connection's, as the socket module has it; None on Unix sockets."""
-        return self.transport.get_extra_info(name) if self.tcp else None
+        return self.transport_info(name, None) if self.tcp else None
 
     @property
     def remote_address(self):

@@ -290,6 +290,7 @@ cdef class Stream:
     cdef int begin_closed(self) except -1
     cdef int end_closed(self) except -1
     cdef object transport_info(self, object name, object default)
+    cdef object _gone_peer(self)
 
     # Time
     cdef Deadlines deadlines(self)

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import ssl
+import sys
 import threading
 import weakref
 
@@ -17,7 +18,7 @@ from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytearray cimport PyByteArray_FromStringAndSize
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.memoryview cimport PyMemoryView_FromObject
-from libc.errno cimport EAGAIN, EINTR, ENOBUFS, EPIPE, EPROTOTYPE, ETIMEDOUT, errno
+from libc.errno cimport EAGAIN, EBADF, EINTR, ENOBUFS, EPIPE, EPROTOTYPE, ETIMEDOUT, errno
 from libc.math cimport INFINITY
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -61,7 +62,7 @@ cdef extern from "netinet/tcp.h":
     int TCP_NODELAY
 
 cdef extern from "_compat.h":
-    int MSG_NOSIGNAL, MSG_DONTWAIT, TCP_KEEPIDLE
+    int MSG_NOSIGNAL, MSG_DONTWAIT, TCP_KEEPIDLE, SO_PEERNAME
 
 cdef enum:
     # Writes up to this size are copied to be sent together with others; a larger one is worth a
@@ -102,6 +103,36 @@ cdef object TCPTransport = uvloop.loop.TCPTransport
 cdef object PseudoSocket = uvloop.loop.PseudoSocket
 # As a function: a third of the steps of the method.
 cdef object get_protocol = uvloop.loop.UVBaseTransport.get_protocol
+
+
+class _ClosedSocket(PseudoSocket):
+    """The socket of a closed connection: what needs the descriptor is refused by an OSError."""
+
+    __slots__ = ()
+
+    def _refuse(self, *arguments, **options):
+        raise OSError(EBADF, os.strerror(EBADF))
+
+    getpeername = getsockname = getsockopt = setsockopt = shutdown = _refuse
+    dup = get_inheritable = set_inheritable = _refuse
+
+
+class _NamedTransport:
+    """A transport that does not know its peer, and the name of that."""
+
+    __slots__ = ("_peername", "_transport")
+
+    def __init__(self, transport, peername):
+        self._transport = transport
+        self._peername = peername
+
+    def __getattr__(self, name):
+        return getattr(self._transport, name)
+
+    def get_extra_info(self, name, default=None):
+        if name == "peername":
+            return self._peername
+        return self._transport.get_extra_info(name, default)
 
 
 cdef double now() noexcept:
@@ -620,6 +651,8 @@ cdef class Stream:
     def connection_lost(self, exc):
         if exc is not None and self.error is None and self.phase < LEAVING:
             self.error = exc
+        if self.error is not None and self.transport is not None:
+            self.transport_info("peername", None)  # can be had only while there is a descriptor
         self.turn += 1
         try:
             self._end_pause()
@@ -1667,13 +1700,43 @@ cdef class Stream:
 
     cdef object transport_info(self, object name, object default):
         """What uvloop's transport knows; as asyncio's it has a socket also when it is closed."""
-        found = self.transport.get_extra_info(name, default)
-        if found is None and name == "socket":
+        if name == "socket" and self.fd < 0:
             family = socket.AF_UNIX
             if self.tcp:
-                long_name = len(self.transport.get_extra_info("peername") or ()) == 4
+                long_name = len(self.transport.get_extra_info("sockname") or ()) == 4
                 family = socket.AF_INET6 if long_name else socket.AF_INET
-            return PseudoSocket(family, socket.SOCK_STREAM, 0, -1)
+            return _ClosedSocket(family, socket.SOCK_STREAM, 0, -1)
+        found = self.transport.get_extra_info(name)
+        if found is None and name == "peername" and self.tcp and self.fd >= 0:
+            found = self._gone_peer()
+        return default if found is None else found
+
+    cdef object _gone_peer(self):
+        """The address of a client that had reset before it was accepted, which uvloop could not ask.
+
+        It is kept: the transport is asked again when the descriptor is closed.
+        """
+        cdef unsigned char name[28]
+        cdef socklen_t size = 28  # a sockaddr_in6; Linux refuses to be asked for more than it has
+        if SO_PEERNAME < 0:
+            return None
+        if getsockopt(self.fd, SOL_SOCKET, SO_PEERNAME, name, &size) < 0:
+            size = 16  # a sockaddr_in
+            if getsockopt(self.fd, SOL_SOCKET, SO_PEERNAME, name, &size) < 0:
+                return None
+        raw = name[:size]
+        port = int.from_bytes(raw[2:4], "big")
+        family = int.from_bytes(raw[:2], sys.byteorder)
+        if family == socket.AF_INET:
+            found = (socket.inet_ntop(family, raw[4:8]), port)
+        elif family == socket.AF_INET6:
+            found = (
+                socket.inet_ntop(family, raw[8:24]), port,
+                int.from_bytes(raw[4:8], "big"), int.from_bytes(raw[24:28], sys.byteorder),
+            )
+        else:
+            return None
+        self.transport = _NamedTransport(self.transport, found)
         return found
 
     # ── Time ───────────────────────────────────────────────────────────────────────────────────

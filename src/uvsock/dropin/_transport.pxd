@@ -42,8 +42,11 @@ cdef class Transport(Stream):
     cdef unsigned char much             # a read has brought much at once
     cdef unsigned char faced            # uvloop reads into a buffer, by a BufferedFace
     cdef unsigned char writing_paused
+    cdef unsigned char pausing          # pause_writing() of the protocol runs
+    cdef unsigned char eof_written      # write_eof() was called
     cdef unsigned char inside           # a call of the protocol runs, in that context
 
+    cdef int _check_writable(self) except -1
     cdef int write_from(self, const char* data, Py_ssize_t size, bytes owner) except -1
     cdef int _write(self, const char* data, Py_ssize_t size, bytes owner) except -1
     cdef int _write_object(self, object data) except -1
@@ -63,6 +66,7 @@ cdef class Transport(Stream):
     cdef int _fill(self, const char* data, Py_ssize_t size) except -1
     cdef int _pause_writing(self) except -1
     cdef int _resume_writing(self) except -1
+    cdef int _resume_if_low(self) except -1
     cdef int _close(self) except -1
     cdef int _opened(self, object error) except -1
     cdef int _report(self, str message, object error) except -1

@@ -573,6 +573,7 @@ cdef class Transport(Stream):
                 raise TypeError(f"sequence item {index}: expected a bytes-like object, "
                                 f"{type(chunk).__name__} found")
             index += 1
+        self._check_writable()  # also with nothing to write
         at_once = self._enter_write()
         try:
             for chunk in chunks:
@@ -604,13 +605,17 @@ cdef class Transport(Stream):
         self.turn -= 1
         return self._flush_later() if self.pending() else 0
 
-    cdef int write_from(self, const char* data, Py_ssize_t size, bytes owner) except -1:
-        """Take these bytes; ``owner`` is the object that they are all of, or None."""
+    cdef int _check_writable(self) except -1:
         self.state.check()
-        if self.phase == ENDING:
+        if self.eof_written:
             raise RuntimeError("Cannot call write() after write_eof()")
         if self.sending:
             raise RuntimeError("unable to write; sendfile is in progress")
+        return 0
+
+    cdef int write_from(self, const char* data, Py_ssize_t size, bytes owner) except -1:
+        """Take these bytes; ``owner`` is the object that they are all of, or None."""
+        self._check_writable()
         self.write_bytes(data, size, True, owner)
         if not self.writing_paused and self.pending() > self.high:
             return self._pause_writing()
@@ -630,6 +635,7 @@ cdef class Transport(Stream):
         if self.sending:
             raise RuntimeError("unable to write; sendfile is in progress")
         if self.phase == ESTABLISHED:
+            self.eof_written = True
             self.begin_end()
 
     def can_write_eof(self):
@@ -651,6 +657,8 @@ cdef class Transport(Stream):
             high: pause above this many bytes; by default 64 KiB, or four times ``low``.
             low: resume at this many or fewer; by default a quarter of ``high``.
 
+        A protocol that is paused and has no more than ``low`` held is resumed at once.
+
         Raises:
             ValueError: negative, or ``low`` above ``high``.
         """
@@ -663,7 +671,9 @@ cdef class Transport(Stream):
             raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
         self.high = min(int(high), sys.maxsize)
         self.low = min(int(low), sys.maxsize)
-        if not self.writing_paused and self.pending() > self.high:
+        if self.writing_paused:
+            self._resume_if_low()
+        elif self.pending() > self.high:
             self._pause_writing()
 
     cdef int _pause_writing(self) except -1:
@@ -671,13 +681,23 @@ cdef class Transport(Stream):
             self.flush_now()  # held only to leave together with what comes next
             if self.pending() <= self.high:
                 return 0
-        self.writing_paused = True
+        self.writing_paused = self.pausing = True
         try:
             self._call(self.protocol.pause_writing, NOTHING)
         except ENDING_THE_RUN:
             raise
         except BaseException as error:
-            return self._report("protocol.pause_writing() failed", error)
+            self._report("protocol.pause_writing() failed", error)
+        finally:
+            self.pausing = False
+        return self._resume_if_low()  # it may have raised the limits
+
+    cdef int _resume_if_low(self) except -1:
+        if (
+            self.writing_paused and not self.pausing and self.pending() <= self.low
+            and not self.broken and self.phase < LEAVING
+        ):
+            return self._resume_writing()
         return 0
 
     cdef int _resume_writing(self) except -1:
@@ -696,12 +716,7 @@ cdef class Transport(Stream):
 
     cdef int on_writable(self) except -1:
         Stream.on_writable(self)
-        if (
-            self.writing_paused and self.pending() <= self.low
-            and not self.broken and self.phase < LEAVING
-        ):
-            return self._resume_writing()
-        return 0
+        return self._resume_if_low()
 
     # ── Sending files ──────────────────────────────────────────────────────────────────────────
 
@@ -786,7 +801,20 @@ cdef class Transport(Stream):
                 self._call(self.protocol.eof_received, NOTHING)
             except BaseException as error:
                 return self._failed("eof_received", error)
-        return Stream._finish(self)
+        if (
+            self.tls is None or not self.opened
+            or not (self.fin_sent and self.peer_ended and self.phase < LEAVING)
+        ):
+            return Stream._finish(self)
+        # A stream's handler that the end has woken still writes, drains and closes: as with
+        # asyncio's TLS, connection_lost comes after its turn.
+        self._leave()
+        loop = self.state.loop
+        loop.call_soon(loop.call_soon, self._drop_transport)
+        return 0
+
+    def _drop_transport(self):
+        self.drop_transport()
 
     cdef double linger(self) noexcept:
         return self.shutdown_timeout if self.tls is not None and self.phase >= CLOSING else INFINITY
@@ -883,8 +911,10 @@ cdef class Transport(Stream):
             "ssl_handshake_timeout", handshake_timeout, UVS_TLS_HANDSHAKE)
         self.shutdown_timeout = _positive(
             "ssl_shutdown_timeout", shutdown_timeout, UVS_TLS_SHUTDOWN)
+        if self.eof_written and self.phase < CLOSING:
+            raise RuntimeError("Cannot start TLS after write_eof()")
         if self.phase != ESTABLISHED or self.broken:
-            raise RuntimeError("Transport is closing")
+            raise ConnectionResetError("Transport is closing")
         if self.sending:
             raise RuntimeError("unable to write; sendfile is in progress")
         self.begin_tls(context, server_side, server_hostname, self.handshake_timeout)
