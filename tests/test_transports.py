@@ -2302,7 +2302,7 @@ async def test_a_closed_connections_socket_refuses_by_an_oserror(tcp_net: Net) -
                 refused()
 
 
-@uvsock_only  # asyncio waits for the handshake's time to pass
+@uvsock_only  # on asyncio it may never return
 async def test_start_tls_on_a_closed_transport_is_an_oserror(plain_net: Net) -> None:
     client, server = await plain_net.pair()
     context = plain_net.authority.client_context()
