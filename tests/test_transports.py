@@ -2187,7 +2187,7 @@ async def test_writing_after_write_eof_is_refused_after_close_too(plain_net: Net
             lambda: client.transport.writelines([b"x"]),
             lambda: client.transport.writelines([]),
         ):
-            with pytest.raises(RuntimeError, match=r"Cannot call write(lines)?\(\) after write_eof"):
+            with pytest.raises(RuntimeError, match=r"Cannot call write.* after write_eof"):
                 write()
         if not client.transport.is_closing():
             client.transport.close()
@@ -2259,7 +2259,7 @@ async def test_a_stream_handler_answers_after_the_peers_end(tls_net: Net, ending
     server = await asyncio.start_server(
         handle, "127.0.0.1", 0, ssl=tls_net.authority.server_context()
     )
-    reader, writer = await asyncio.open_connection(
+    _, writer = await asyncio.open_connection(
         *server.sockets[0].getsockname(),
         ssl=tls_net.authority.client_context(),
         server_hostname=SERVER_NAME,
