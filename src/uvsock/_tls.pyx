@@ -1,6 +1,5 @@
 """TLS on top of any byte stream. All cryptography is OpenSSL's, through the ssl module."""
 
-import _ssl
 import ssl
 
 from cpython.buffer cimport PyBUF_READ
@@ -14,8 +13,18 @@ cdef object SSLError = ssl.SSLError
 cdef object SSLWantReadError = ssl.SSLWantReadError
 cdef object SSLZeroReturnError = ssl.SSLZeroReturnError
 cdef object MemoryBIO = ssl.MemoryBIO
-# The compiled object inside an SSLObject, where there is one: an interpreted call less per record.
-cdef object SSLSession = getattr(_ssl, "_SSLSocket", ssl.SSLObject)
+
+
+cdef object _session(object sslobj):
+    """The compiled object inside an SSLObject: an interpreted call less per record."""
+    return getattr(sslobj, "_sslobj", sslobj)
+
+
+cdef object SSLSession = type(_session(
+    ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).wrap_bio(
+        ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname="localhost"
+    )
+))
 # To look a method up for every record takes as long as half of its call.
 cdef object session_read = SSLSession.read
 cdef object session_write = SSLSession.write
@@ -59,7 +68,7 @@ cdef class TLSLayer:
             self._incoming, self._outgoing, server_side=server_side,
             server_hostname=_name_of_peer(server_hostname),
         )
-        self._ssl = getattr(self.sslobj, "_sslobj", self.sslobj)
+        self._ssl = _session(self.sslobj)
         self.handshaking = True
 
     cdef bint handshake(self) except -1:

@@ -937,14 +937,7 @@ cdef class Transport(Stream):
         self.schedule_pump()
         return self.opening
 
-    # What asyncio's own helpers ask a transport for.
-
-    _start_tls_compatible = True
-
-    @property
-    def _sendfile_compatible(self):
-        modes = asyncio.constants._SendfileMode
-        return modes.TRY_NATIVE if self.tls is None else modes.FALLBACK
+    # Names of asyncio's own transports, which programs and asyncio's TLS ask for.
 
     @property
     def _loop(self):
