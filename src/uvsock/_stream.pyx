@@ -1712,7 +1712,7 @@ cdef class Stream:
         return default if found is None else found
 
     cdef object _gone_peer(self):
-        """The address of a client that had reset before it was accepted, which uvloop could not ask.
+        """The address of a client that had reset before it was accepted. uvloop could not ask it.
 
         It is kept: the transport is asked again when the descriptor is closed.
         """
