@@ -32,7 +32,7 @@ directives = {
     "nonecheck": CHECKED,
     "cdivision": True,
     "embedsignature": True,
-    "embedsignature.format": "python",
+    "embedsignature.format": "clinic",
     "auto_pickle": False,
     "autotestdict": False,
     "linetrace": COVERAGE,

@@ -8,7 +8,7 @@ import errno
 import os
 import socket as stdlib
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from uvsock._addresses import interleave, resolve_name
 from uvsock._contexts import TLSLike, client_context
@@ -26,10 +26,8 @@ from uvsock._options import (
 )
 from uvsock._socket import Group, Socket
 from uvsock._stream import state_of
+from uvsock._types import HandlersLike
 from uvsock._uvloop import attach
-
-if TYPE_CHECKING:
-    from uvsock._types import HandlersLike
 
 # These say that an address cannot be used from here; an answer of the peer says more.
 _UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)

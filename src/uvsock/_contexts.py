@@ -10,10 +10,10 @@ import ssl
 import stat
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import IO, TYPE_CHECKING, Any, Final, TypeAlias, Union, cast
-from weakref import WeakKeyDictionary
+from typing import IO, TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 from uvsock._options import (
     check_flag,
@@ -24,17 +24,18 @@ from uvsock._options import (
     wrong_value,
 )
 
+# For typing.get_type_hints() each name in an annotation must be there when the program runs.
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+elif sys.version_info >= (3, 12):
+    from collections.abc import Buffer
+else:
+    Buffer = bytes | bytearray | memoryview
 
 # PEM contents, or where they are.
-Pem: TypeAlias = Union[str, "Buffer", "os.PathLike[str]", IO[str], IO[bytes]]
+Pem: TypeAlias = str | Buffer | os.PathLike[str] | IO[str] | IO[bytes]
 Passphrase: TypeAlias = str | bytes | bytearray
-SNICallback: TypeAlias = Callable[
-    [ssl.SSLObject, str | None, ssl.SSLContext], Union["TLS", ssl.SSLContext, int, None]
-]
-_Sources: TypeAlias = tuple[Union[bytes, "os.PathLike[str]"], ...]
-TLSLike: TypeAlias = Union["TLS", ssl.SSLContext, Mapping[str, Any], bool, None]
+_Sources: TypeAlias = tuple[bytes | os.PathLike[str], ...]
 
 _VERSIONS: Final = {
     "TLSv1": ssl.TLSVersion.TLSv1,
@@ -64,7 +65,7 @@ class TLSOptionError(ssl.SSLError, ValueError):
     """A TLS option that OpenSSL cannot use. The text begins with its name."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class TLS:
     """TLS options. Each end reads those that concern it, so one ``TLS`` may serve both.
 
@@ -150,6 +151,10 @@ class TLS:
             if not callable(self.sni_callback) or inspect.iscoroutinefunction(self.sni_callback):
                 raise wrong_type("tls.sni_callback", what, self.sni_callback)
 
+    def __hash__(self) -> int:
+        # Of what can always be hashed: a table of names and a path of another library cannot.
+        return hash((self.server_name, self.alpn_protocols, self.ciphers, self.min_version))
+
     def __repr__(self) -> str:
         secret = {"key", "cert", "ca", "passphrase"}
         given = [
@@ -159,6 +164,12 @@ class TLS:
         ]
         return f"TLS({', '.join(given)})"
 
+
+# Behind the class, because whoever uses these has no name TLS to look up.
+SNICallback: TypeAlias = Callable[
+    [ssl.SSLObject, str | None, ssl.SSLContext], TLS | ssl.SSLContext | int | None
+]
+TLSLike: TypeAlias = TLS | ssl.SSLContext | Mapping[str, Any] | bool | None
 
 _OPTIONS: Final = tuple(field.name for field in fields(TLS))
 
@@ -576,7 +587,8 @@ class _ServerNames:
         }
         self._callback = tls.sni_callback
         # A callback that always returns the same TLS does not make a context for each connection.
-        self._built: WeakKeyDictionary[TLS, ssl.SSLContext] = WeakKeyDictionary()
+        # By id(), because another that is equal reads its files anew.
+        self._built: dict[int, ssl.SSLContext] = {}
 
     def __call__(self, sslobj: Any, server_name: str | None, context: ssl.SSLContext) -> int | None:
         sslobj._uvsock_server_name = server_name
@@ -610,7 +622,8 @@ class _ServerNames:
         if not isinstance(result, TLS):
             what = "a function that returns a TLS, an ssl.SSLContext, an alert or None"
             raise wrong_type(name, what, result)
-        found = self._built.get(result)
+        found = self._built.get(id(result))
         if found is None:
-            found = self._built[result] = self._outer.admit(name, result)
+            found = self._built[id(result)] = self._outer.admit(name, result)
+            weakref.finalize(result, self._built.pop, id(result)).atexit = False
         return found

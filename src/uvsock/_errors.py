@@ -4,6 +4,10 @@
 class SocketError(OSError):
     """Base of the errors that uvsock itself defines."""
 
+    # OSError has no signature for inspect to show.
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+
 
 class SocketClosedError(SocketError):
     """The socket was closed, in order, before the operation could finish."""

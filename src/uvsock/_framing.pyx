@@ -55,8 +55,16 @@ cdef Py_ssize_t _check_length(object max_length) except -1:
     return check_int("max_length", max_length, 1, UVS_MAX_LENGTH)
 
 
+def _restored(kind, max_length):
+    """A framer of a subclass, without its ``__init__``: its attributes follow."""
+    cdef Framer framer = kind.__new__(kind)
+    framer.max_length = framer.limit = max_length
+    return framer
+
+
 cdef class Framer:
-    """Says where frames end. Derive from it for a protocol that the library has no framer for.
+    """Framer(max_length=65536)\n--\n
+    Says where frames end. Derive from it for a protocol that the library has no framer for.
 
     A framer is never changed, and may be shared by any number of sockets: it keeps nothing of what
     they receive. Override ``find``, and ``wrap`` if frames are to be written too.
@@ -72,6 +80,26 @@ cdef class Framer:
 
     def __init__(self, max_length=65536):
         self.max_length = self.limit = _check_length(max_length)
+
+    def __eq__(self, other):
+        if type(self) is not type(other) or type(self) not in OWN:
+            return NotImplemented  # a subclass says itself what makes two of it equal
+        return self.__reduce__() == other.__reduce__()
+
+    def __hash__(self):
+        return hash(self.__reduce__()) if type(self) in OWN else object.__hash__(self)
+
+    def __reduce__(self):
+        if type(self) is Framer:
+            return Framer, (self.max_length,)
+        try:
+            # Written in Python: what it has of its own is in there.
+            attributes = self.__dict__
+        except AttributeError:
+            raise TypeError(
+                f"cannot pickle {type(self).__name__!r} object: it has no __reduce__()"
+            ) from None
+        return _restored, (type(self), self.max_length), attributes
 
     def find(self, data, searched=0):
         """Look for the end of the frame that ``data`` begins with.
@@ -191,7 +219,8 @@ cdef class Framer:
 
 @cython.final
 cdef class Lines(Framer):
-    """Lines that end with a line feed; a carriage return before it belongs to the end.
+    """Lines(keep_end=False, max_length=65536)\n--\n
+    Lines that end with a line feed; a carriage return before it belongs to the end.
 
     ``write_frame`` ends a line with a line feed. Give it a line that ends with a carriage return
     where the peer wants both.
@@ -205,6 +234,9 @@ cdef class Lines(Framer):
         self.keep_end = check_flag("keep_end", keep_end)
         self.max_length = _check_length(max_length)
         self.limit = self.max_length + 2
+
+    def __reduce__(self):
+        return Lines, (bool(self.keep_end), self.max_length)
 
     def __repr__(self):
         return f"Lines(keep_end={bool(self.keep_end)}, max_length={self.max_length})"
@@ -233,7 +265,8 @@ cdef class Lines(Framer):
 
 @cython.final
 cdef class Delimited(Framer):
-    """Frames that end with a delimiter of one or more bytes.
+    """Delimited(delimiter, keep_end=False, max_length=65536)\n--\n
+    Frames that end with a delimiter of one or more bytes.
 
     Args:
         delimiter: ``bytes``, or a buffer that is copied.
@@ -250,6 +283,9 @@ cdef class Delimited(Framer):
         self.keep_end = check_flag("keep_end", keep_end)
         self.max_length = _check_length(max_length)
         self.limit = self.max_length + len(self.delimiter)
+
+    def __reduce__(self):
+        return Delimited, (self.delimiter, bool(self.keep_end), self.max_length)
 
     def __repr__(self):
         return (
@@ -295,7 +331,9 @@ cdef class Delimited(Framer):
 
 @cython.final
 cdef class LengthPrefixed(Framer):
-    """Frames that follow their length.
+    """LengthPrefixed(size=4, byteorder='big', include_prefix=False, max_length=16777216,\
+    length_includes_prefix=False)\n--\n
+    Frames that follow their length.
 
     Args:
         size: bytes of the length, an unsigned number: 1, 2, 4 or 8, or ``"varint"`` for seven bits
@@ -323,6 +361,12 @@ cdef class LengthPrefixed(Framer):
         self.max_length = _check_length(max_length)
         self.length_includes_prefix = check_flag("length_includes_prefix", length_includes_prefix)
         self.limit = self.max_length + UVS_VARINT_MAX
+
+    def __reduce__(self):
+        return LengthPrefixed, (
+            self.size, self.byteorder, bool(self.include_prefix), self.max_length,
+            bool(self.length_includes_prefix),
+        )
 
     def __repr__(self):
         return (
@@ -380,7 +424,8 @@ cdef class LengthPrefixed(Framer):
 
 @cython.final
 cdef class FixedSize(Framer):
-    """Frames of one size.
+    """FixedSize(size)\n--\n
+    Frames of one size.
 
     Args:
         size: bytes of each frame, at least 1.
@@ -388,6 +433,9 @@ cdef class FixedSize(Framer):
 
     def __init__(self, size):
         self.size = self.max_length = self.limit = check_int("size", size, 1, UVS_MAX_LENGTH)
+
+    def __reduce__(self):
+        return FixedSize, (self.size,)
 
     def __repr__(self):
         return f"FixedSize({self.size})"
@@ -407,7 +455,8 @@ cdef class FixedSize(Framer):
 
 @cython.final
 cdef class Netstring(Framer):
-    """Netstrings: ``5:hello,``.
+    """Netstring(max_length=16777216)\n--\n
+    Netstrings: ``5:hello,``.
 
     Args:
         max_length: the most bytes that a string may have.
@@ -416,6 +465,9 @@ cdef class Netstring(Framer):
     def __init__(self, max_length=16777216):
         self.max_length = _check_length(max_length)
         self.limit = self.max_length + UVS_PREFIX_ROOM
+
+    def __reduce__(self):
+        return Netstring, (self.max_length,)
 
     def __repr__(self):
         return f"Netstring(max_length={self.max_length})"
@@ -451,6 +503,10 @@ cdef class Netstring(Framer):
         envelope.prefix_size = snprintf(envelope.room, UVS_PREFIX_ROOM, "%zd:", n)
         envelope.suffix = b","
         envelope.suffix_size = 1
+
+
+# Whose arguments say all.
+cdef frozenset OWN = frozenset({Framer, Lines, Delimited, LengthPrefixed, FixedSize, Netstring})
 
 
 def as_framer(value):

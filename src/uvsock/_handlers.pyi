@@ -1,5 +1,5 @@
 from collections.abc import Coroutine
-from typing import Any, Never
+from typing import Any
 
 from typing_extensions import disjoint_base
 
@@ -21,7 +21,7 @@ __pyx_capi__: dict[str, object]
 class Handlers:
     def __init__(
         self,
-        *args: Never,
+        *,
         open: SocketHandler | None = None,
         data: DataHandler | None = None,
         drain: SocketHandler | None = None,

@@ -1,5 +1,6 @@
 """The table of handlers that a listener's sockets, or a connection, share."""
 
+import functools
 from collections.abc import Mapping
 
 cdef extern from *:
@@ -46,7 +47,9 @@ cdef inline object _heard(object result):
 
 
 cdef class Handlers:
-    """The handlers of a listener or a connection, checked once and shared by all its sockets.
+    """Handlers(*, open=None, data=None, drain=None, close=None, error=None, end=None,\
+    timeout=None, handshake=None, connect_error=None)\n--\n
+    The handlers of a listener or a connection, checked once and shared by all its sockets.
 
     Each argument is a callable or ``None`` for an event that is not handled; at least ``data`` or
     ``drain`` must be given. What a handler returns is awaited where it can be, so an ``async def``
@@ -84,6 +87,14 @@ cdef class Handlers:
         if handler is None and getattr(type(self), name) is not getattr(Handlers, name):
             return getattr(self, name)
         return handler
+
+    def __reduce__(self):
+        if type(self) is not Handlers:
+            raise TypeError(
+                f"cannot pickle {type(self).__name__!r} object: it has no __reduce__()"
+            )
+        given = {name: getattr(self, name) for name in NAMES if getattr(self, name) is not None}
+        return functools.partial(Handlers, **given), ()
 
     def __repr__(self):
         names = [name for name in NAMES if getattr(self, name) is not None]

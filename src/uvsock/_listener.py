@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, NoReturn, Self
 
 from uvsock._bind import SocketFile, bind_tcp, bind_unix, listen_on, socket_file
 from uvsock._contexts import TLSLike, server_context
@@ -27,10 +27,8 @@ from uvsock._options import (
 )
 from uvsock._socket import Group, Socket
 from uvsock._stream import LoopState, state_of
+from uvsock._types import HandlersLike
 from uvsock._uvloop import serve
-
-if TYPE_CHECKING:
-    from uvsock._types import HandlersLike
 
 # Seconds that async handlers have after their sockets were terminated.
 LAST_GRACE = 1.0
@@ -231,6 +229,9 @@ class Listener:
         if self._file is not None:
             self._file.remove()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("cannot pickle 'Listener' object")
+
     def __repr__(self) -> str:
         if self._path is not None:
             where = repr(self._path)
@@ -260,6 +261,7 @@ class Listener:
 
     @data.setter
     def data(self, value: Any) -> None:
+        self._state.check_thread()
         self._group.data = value
 
     @property
@@ -386,6 +388,7 @@ class Listener:
             await asyncio.wait([empty], timeout=LAST_GRACE)
 
     async def __aenter__(self) -> Self:
+        """The listener, which is stopped when the block ends."""
         return self
 
     async def __aexit__(
@@ -394,5 +397,6 @@ class Listener:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        """Close the live sockets too, and wait for their ``close`` handlers."""
         self.stop(True)
         await self.wait_closed()

@@ -1,5 +1,5 @@
 import sys
-from typing import Literal, Never, Protocol
+from typing import Literal, Protocol
 
 from typing_extensions import Buffer, disjoint_base
 
@@ -9,8 +9,7 @@ class _Writable(Protocol):
 # Before Python 3.12 no method shows the buffer protocol: the base class tells the type checker.
 @disjoint_base
 class BufferSink(Buffer):
-    # Takes none. That is not what the signature of a compiled `__init__` says.
-    def __init__(self, *args: Never) -> None: ...
+    def __init__(self) -> None: ...
     def start(
         self, stream: bool = False, high_water_mark: int | None = None, as_bytes: bool = False
     ) -> None: ...

@@ -64,7 +64,8 @@ cdef unsigned long long _number(object value, Py_ssize_t width) except? 0:
 
 
 cdef class BufferSink:
-    """Collects bytes in one contiguous ``bytearray`` (Bun's ``ArrayBufferSink``).
+    """BufferSink()\n--\n
+    Collects bytes in one contiguous ``bytearray`` (Bun's ``ArrayBufferSink``).
 
     A new sink is started with the defaults of ``start``. ``len(sink)`` is the number of bytes held.
 

@@ -128,6 +128,7 @@ cdef class Cork:
 
     def __exit__(self, *exception):
         cdef Socket socket = self._socket
+        socket.state.check()
         socket.corks -= 1
         if socket.corks == 0:
             if socket.turn == 0:
@@ -143,7 +144,8 @@ cdef class AsyncHandler:
 
 
 cdef class Socket(Stream):
-    """A connection over TCP, a Unix socket or TLS. Made by ``listen`` and ``connect`` only.
+    """Socket()\n--\n
+    A connection over TCP, a Unix socket or TLS. Made by ``listen`` and ``connect`` only.
 
     Its methods must be called in the loop's thread: elsewhere those that change anything raise
     ``RuntimeError``. What only looks, such as ``fileno`` and ``get_extra_info``, does not.

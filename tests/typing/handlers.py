@@ -106,5 +106,5 @@ async def refused() -> None:
     await uvsock.connect([("data", received)], "localhost", 80)  # type: ignore[arg-type]
     uvsock.Handlers(data=received_text)  # type: ignore[arg-type]
     uvsock.Handlers(close=closed_without_reason)  # type: ignore[arg-type]
-    uvsock.Handlers(received)  # type: ignore[arg-type]
+    uvsock.Handlers(received)  # type: ignore[arg-type, call-arg]
     uvsock.Handlers(dta=received)  # type: ignore[call-arg]

@@ -396,6 +396,9 @@ cdef bytes _as_separator(object separator):
 
 
 cdef class ReaderCore:
+    """ReaderCore(limit=65536, loop=None)\n--\n
+    What ``StreamReader`` is made of."""
+
     cdef object __weakref__
     cdef readonly object _loop
     cdef object _any_transport
@@ -431,6 +434,10 @@ cdef class ReaderCore:
         self._loop = asyncio.get_event_loop() if loop is None else loop
 
     # --- what asyncio's repr and other people's code look at
+
+    # For protocols 0 and 1, which would call the class with itself.
+    def __reduce__(self):
+        raise TypeError(f"cannot pickle {type(self).__name__!r} object")
 
     @property
     def _transport(self):
@@ -1071,6 +1078,9 @@ def _hand_over(transport, StreamProtocol protocol):
 
 
 cdef class WriterCore:
+    """WriterCore(transport, protocol, reader, loop)\n--\n
+    What ``StreamWriter`` is made of."""
+
     cdef object __weakref__
     cdef object _any_transport
     cdef Transport _native
@@ -1089,6 +1099,9 @@ cdef class WriterCore:
         self._loop = loop
         self._flow = protocol if isinstance(protocol, StreamProtocol) else None
         self._source = reader if isinstance(reader, ReaderCore) else None
+
+    def __reduce__(self):
+        raise TypeError(f"cannot pickle {type(self).__name__!r} object")
 
     @property
     def _transport(self):
@@ -1154,6 +1167,8 @@ cdef class WriterCore:
             OSError: the connection broke.
         """
         cdef StreamProtocol protocol = self._flow
+        if self._native is not None:
+            self._native.state.check()
         options = {
             "server_hostname": server_hostname, "ssl_handshake_timeout": ssl_handshake_timeout,
         }

@@ -105,12 +105,12 @@ cdef class BufferedFace:
         self.transport = transport
 
     @cython.binding(False)
-    def get_buffer(self, hint):
+    def get_buffer(self, sizehint):
         return self.transport._lend()
 
     @cython.binding(False)
-    def buffer_updated(self, Py_ssize_t n):
-        self.transport._filled(n)
+    def buffer_updated(self, Py_ssize_t nbytes):
+        self.transport._filled(nbytes)
 
     def eof_received(self):
         return self.transport.eof_received()
@@ -173,10 +173,14 @@ cdef class TransportGroup(StreamGroup):
 
 
 cdef class Transport(Stream):
-    """A connection over TCP, a Unix socket or TLS, as asyncio's programs use it."""
+    """Transport()\n--\n
+    A connection over TCP, a Unix socket or TLS, as asyncio's programs use it."""
 
     def __init__(self):
         raise TypeError("a Transport is made by the event loop")
+
+    def __reduce__(self):
+        raise TypeError("cannot pickle 'Transport' object")
 
     @property
     def __class__(self):

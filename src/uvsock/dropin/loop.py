@@ -41,6 +41,9 @@ class Loop(SendFile):
     uvsock's; all the rest is uvloop's.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+
     # ── Connecting ─────────────────────────────────────────────────────────────────────────────
 
     async def create_connection(  # type: ignore[override]

@@ -14,7 +14,7 @@ import contextlib
 import tempfile
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, NoReturn, Self
 
 from uvsock._connector import connect
 from uvsock._listener import Listener, listen
@@ -135,7 +135,11 @@ class FaultProxy:
         """The path to connect to if the target is a Unix socket, else None."""
         return self._listener.unix
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("cannot pickle 'FaultProxy' object")
+
     async def __aenter__(self) -> Self:
+        """The proxy, which listens until the block ends."""
         handlers = {"open": self._accept, **self._handlers()}
         self._cleaning = contextlib.ExitStack()
         with contextlib.ExitStack() as cleaning:
@@ -153,6 +157,7 @@ class FaultProxy:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        """Reset what still passes through, and stop listening."""
         with self._cleaning:
             self._listener.stop()
             self.reset()

@@ -6,16 +6,14 @@ import asyncio
 import contextlib
 import socket as stdlib
 import tempfile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from uvsock._connector import connect
 from uvsock._listener import Listener, listen
 from uvsock._options import check_flag, wrong_type
 from uvsock._socket import ReadyState, Socket
+from uvsock._types import HandlersLike
 from uvsock.testing._certificates import Certificates, default_certificates
-
-if TYPE_CHECKING:
-    from uvsock._types import HandlersLike
 
 # Bytes. Windows below the 64 KiB segments of a loopback make TCP wait for its timers.
 _SMALL = 65536
