@@ -1021,7 +1021,7 @@ async def test_an_address_is_dialled_without_a_thread() -> None:
         assert info[4] == ("127.0.0.1", listener.port)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(asyncio, "get_running_loop", Watched)
-            await _addresses.resolve_name("::1", 5)
+            await _addresses.resolve(Watched(), ("::1", 5))  # type: ignore[arg-type]
             sock, _ = await _dial.dial([info], None, None, _dial.Dialler())
             assert sock is not None
             sock.close()

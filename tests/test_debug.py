@@ -148,6 +148,25 @@ async def test_debug_mode_counts_from_the_next_connection_on(wire: Wire, slow: S
     await soon(listener.wait_closed())
 
 
+@uvsock_only
+async def test_debug_mode_counts_at_once(wire: Wire, slow: Slow) -> None:
+    """On uvsock's loop, for connections that are open."""
+    listener = await wire.listen({"data": handler("data")})
+    client = await wire.connect(listener, {"data": ignore})
+    await until(lambda: listener.connections)
+    for debug in (True, False, True):
+        slow.loop.set_debug(debug)
+        slow.lines.clear()
+        read = listener.stats.bytes_read
+        client.write(b"x")
+        await until(lambda read=read: listener.stats.bytes_read > read)  # type: ignore[misc]
+        assert len(slow.of("handler_of_data")) == debug
+    client.end()
+    await soon(client.wait_closed())
+    listener.stop()
+    await soon(listener.wait_closed())
+
+
 class Named(asyncio.Protocol):
     """A protocol whose calls are counted."""
 
@@ -175,22 +194,16 @@ class Named(asyncio.Protocol):
         self.lost.set_result(None)
 
 
-class NamedBuffered(asyncio.BufferedProtocol):
+class NamedBuffered(Named, asyncio.BufferedProtocol):
     """The same with a buffer of its own."""
 
     buffer = bytearray(100)
-    transport: asyncio.Transport
-    connection_made = Named.connection_made
-    pause_writing = Named.pause_writing
-    resume_writing = Named.resume_writing
-    eof_received = Named.eof_received
-    connection_lost = Named.connection_lost
 
     def get_buffer(self, sizehint: int) -> bytearray:
         return self.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        Named.data_received(self, b"")  # type: ignore[arg-type]
+        self.data_received(self.buffer[:nbytes])
 
 
 CALLS = ("connection_made", "pause_writing", "resume_writing", "eof_received", "connection_lost")

@@ -63,8 +63,21 @@ async def test_an_address_is_no_question_for_the_resolver(
     assert info[4] == expected
 
 
+async def test_a_name_that_is_none_is_named() -> None:
+    loop = asyncio.get_running_loop()
+    expected = r"cannot resolve 'no-such-name\.invalid': "
+    with pytest.raises(stdlib.gaierror, match=expected):
+        await loop.create_connection(protocol, "no-such-name.invalid", 80)
+    with pytest.raises(stdlib.gaierror, match=expected):
+        await loop.create_server(protocol, "no-such-name.invalid", 80)
+    with pytest.raises(stdlib.gaierror, match=expected):
+        await loop.create_connection(
+            protocol, "127.0.0.1", 80, local_addr=("no-such-name.invalid", 0)
+        )
+
+
 async def test_an_address_of_another_family_is_an_error() -> None:
-    with pytest.raises(stdlib.gaierror):
+    with pytest.raises(stdlib.gaierror, match=r"cannot resolve '127\.0\.0\.1': "):
         await _addresses.resolve(
             asyncio.get_running_loop(), ("127.0.0.1", 80), family=stdlib.AF_INET6
         )

@@ -29,6 +29,12 @@ TOKEN = re.compile(
     re.S,
 )
 ASKED = re.compile(r"(?:get|has|set)attr\(\s*[\w.()]+,\s*[\"'](\w+)[\"']")
+# In Cython: what is taken from a module that is not ours.
+IMPORTED = re.compile(r"^\s*from +((?!uvsock|cpython|libc|posix)[\w.]+) +import +([^#\n]+)", re.M)
+# The name that a file has for one of their modules.
+MODULE = re.compile(
+    r"^\s*import +(?:(?:asyncio|uvloop|ssl|socket) +as +(\w+)|(asyncio|uvloop|ssl|socket)\b)", re.M
+)
 PRIVATE = re.compile(r"_(?!_)[A-Za-z]\w*")
 # Parts of asyncio that no documentation names.
 UNDOCUMENTED = re.compile(
@@ -65,23 +71,29 @@ def foreign_names() -> dict[str, set[str]]:
     own = {path.stem for path in SOURCES.rglob("*.p*")}
     paths = [path for kind in ("*.py", "*.pyx", "*.pxd") for path in SOURCES.rglob(kind)]
     assert len(paths) > 20
-    strings: set[str] = set()
+    certain: set[str] = set()  # asked of a module of theirs, or of what may be anything
     for path in paths:
         where = path.relative_to(SOURCES).as_posix()
         text = path.read_text()
         found: set[str] = set()
+        theirs = {alias or module for alias, module in MODULE.findall(text)}
         if path.suffix == ".py":
             for node in ast.walk(ast.parse(text)):
                 match node:
                     case ast.Attribute(value=ast.Name("self" | "cls"), attr=name, ctx=ast.Store()):
                         own.add(name)
+                    case ast.Attribute(value=ast.Name(id), attr=name) if id in theirs:
+                        certain.add(name)
+                        found.add(name)
                     case ast.Attribute(attr=name):
+                        found.add(name)
+                    case ast.keyword(arg=str(name)):
                         found.add(name)
                     case ast.Call(
                         func=ast.Name("getattr" | "hasattr" | "setattr"),
                         args=[_, ast.Constant(value=str(name)), *_],
                     ):
-                        strings.add(name)  # it may be asked of anything
+                        certain.add(name)
                         found.add(name)
                     case ast.Name(id=name) | ast.arg(arg=name):
                         own.add(name)
@@ -93,11 +105,17 @@ def foreign_names() -> dict[str, set[str]]:
                         found.update(part for alias in names for part in alias.name.split("."))
                     case ast.ImportFrom(module=module, names=names) if "uvsock" not in str(module):
                         found.update(alias.name for alias in names)
+                        certain.update(alias.name for alias in names)
+                        found.update(f"{module}.{alias.name}" for alias in names)
         else:
             importing = re.findall(r"^\s*import +(\w+)", text, re.M)
+            for module, names in IMPORTED.findall(text):
+                for name in re.findall(r"\w+", names):
+                    found.update((name, f"{module}.{name}"))
+                    certain.add(name)
             found.update(importing)
             for name in ASKED.findall(text):
-                strings.add(name)
+                certain.add(name)
                 found.add(name)
             for token in TOKEN.finditer(text):
                 name = token["name"]
@@ -106,12 +124,14 @@ def foreign_names() -> dict[str, set[str]]:
                     assigned = re.match(r"\s*(=[^=]|, )", text[token.end() :])
                     if assigned and before[0].endswith("self"):
                         own.add(name)
-                    else:
-                        found.add(name)
+                        continue
+                    found.add(name)
+                    if re.split(r"\W", before[0])[-1] in theirs:
+                        certain.add(name)
                 elif name and name not in importing:
                     own.add(name)
         for name in found:
-            if PRIVATE.fullmatch(name):
+            if PRIVATE.fullmatch(name) or UNDOCUMENTED.fullmatch(name):
                 asked.setdefault(name, set()).add(where)
         for name in UNDOCUMENTED.findall(re.sub(r"#[^\n]*", "", text)):
             asked.setdefault(name, set()).add(where)
@@ -119,7 +139,7 @@ def foreign_names() -> dict[str, set[str]]:
         name: files
         for name, files in asked.items()
         # What we put on objects of theirs has a name that says so.
-        if (name not in own or name in strings) and not name.startswith("_uvsock_")
+        if (name not in own or name in certain) and not name.startswith("_uvsock_")
     }
 
 
@@ -146,6 +166,12 @@ def test_no_private_name_but_those_listed() -> None:
         ),
         ("module.pyx", "cdef f(x):\n    return x._private\n", "_private"),
         ("module.pyx", "import _socket\n", "_socket"),
+        ("module.pyx", "from asyncio.events import _lock\n", "_lock"),
+        ("module.pyx", "from asyncio import sslproto\n", "asyncio.sslproto"),
+        ("module.pyx", "import asyncio\ndef _lock():\n    return asyncio._lock\n", "_lock"),
+        ("module.py", "from asyncio import sslproto\n", "asyncio.sslproto"),
+        ("module.py", "import asyncio as a\ndef _lock():\n    return a._lock\n", "_lock"),
+        ("module.py", "transport.close(_quietly=True)\n", "_quietly"),
         ("module.pyx", 'x = getattr(loop, "_ready")  # y._not\n', "_ready"),
     ],
 )

@@ -1950,23 +1950,16 @@ async def test_lines_by_asyncios_streams(net: Net) -> None:
 # ── Context variables ──────────────────────────────────────────────────────────────────────────
 
 
-class BufferedRecorder(asyncio.BufferedProtocol):
-    """The same as Recorder, for a buffered protocol."""
+class BufferedRecorder(Recorder, asyncio.BufferedProtocol):
+    """The same as a buffered protocol."""
 
     buffer = bytearray(100)
-    __init__ = Recorder.__init__  # type: ignore[assignment]
-    _call = Recorder._call
-    connection_made = Recorder.connection_made
-    pause_writing = Recorder.pause_writing
-    resume_writing = Recorder.resume_writing
-    eof_received = Recorder.eof_received
-    connection_lost = Recorder.connection_lost
 
     def get_buffer(self, sizehint: int) -> bytearray:
         return self.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        Recorder.data_received(self, bytes(self.buffer[:nbytes]))  # type: ignore[arg-type]
+        self.data_received(self.buffer[:nbytes])
 
 
 @uvsock_only
@@ -2282,14 +2275,21 @@ async def test_a_stream_handler_answers_after_the_peers_end(tls_net: Net, ending
     await soon(server.wait_closed())
 
 
-async def test_a_closed_connections_socket_refuses_by_an_oserror(tcp_net: Net) -> None:
+@pytest.mark.parametrize("asked", ["before", "after"])
+async def test_a_closed_connections_socket_refuses_by_an_oserror(tcp_net: Net, asked: str) -> None:
     client, server = await tcp_net.pair()
+    transports = (client.transport, server.transport)
+    before = [transport.get_extra_info("socket") for transport in transports]
+    assert before == [transport.get_extra_info("socket") for transport in transports]
+    assert before[0].getpeername() == before[1].getsockname()
     client.transport.close()
     await soon(client.lost)
     await soon(server.lost)
-    for transport in (client.transport, server.transport):
-        sock = transport.get_extra_info("socket")
+    for transport, had in zip(transports, before, strict=True):
+        sock = had if asked == "before" else transport.get_extra_info("socket")
         assert sock.fileno() == -1
+        assert (sock.family, sock.type) == (socket.AF_INET, socket.SOCK_STREAM)
+        assert "fd=-1" in repr(sock)
         for refused in (
             sock.getpeername,
             sock.getsockname,

@@ -32,7 +32,7 @@ async def resolve(
 
     Raises:
         OverflowError: a port that there is not, which getaddrinfo(3) would cut to 16 bits.
-        socket.gaierror: there is no such name.
+        socket.gaierror: there is no such name, with the name in its text.
     """
     host, port = address[:2]
     if (number := _port_number(port)) is not None and not 0 <= number <= 65535:
@@ -41,21 +41,15 @@ async def resolve(
     if host is not None:
         found = await _resolve_literal(loop, host, port, number is None, family, kind, proto, flags)
     if found is None:
-        found = await loop.getaddrinfo(
-            host, port, family=family, type=kind, proto=proto, flags=flags
-        )
+        try:
+            found = await loop.getaddrinfo(
+                host, port, family=family, type=kind, proto=proto, flags=flags
+            )
+        except socket.gaierror as error:
+            text = f"cannot resolve {host!r}: {error.strerror}"
+            raise socket.gaierror(error.errno, text) from None
     unique: list[AddressInfo] = list(dict.fromkeys(map(tuple, found)))
     return [_with_scope(info, *address[2:]) for info in unique] if address[2:] else unique
-
-
-async def resolve_name(hostname: str, port: int, *, flags: int = 0) -> list[AddressInfo]:
-    """The same for one of uvsock's own arguments: the error names the host."""
-    try:
-        return await resolve(asyncio.get_running_loop(), (hostname, port), flags=flags)
-    except socket.gaierror as error:
-        raise socket.gaierror(
-            error.errno, f"cannot resolve {hostname!r}: {error.strerror}"
-        ) from None
 
 
 def _port_number(port: Any) -> int | None:

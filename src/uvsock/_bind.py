@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -9,7 +10,7 @@ import socket
 import stat
 from typing import Any
 
-from uvsock._addresses import AddressInfo, resolve_name
+from uvsock._addresses import AddressInfo, resolve
 
 # A port that the system picked for one address can be taken for another.
 _PORT_ATTEMPTS = 20
@@ -49,7 +50,8 @@ async def bind_tcp(
     hostname: str, port: int, backlog: int, reuse_port: bool, ipv6_only: bool
 ) -> list[socket.socket]:
     """Listening sockets for every address of the name, on one port."""
-    infos = await resolve_name(hostname, port, flags=socket.AI_PASSIVE)
+    loop = asyncio.get_running_loop()
+    infos = await resolve(loop, (hostname, port), flags=socket.AI_PASSIVE)
     # Two sockets of both families collide unless the IPv6 one leaves IPv4 alone.
     ipv6_only = ipv6_only or len({info[0] for info in infos}) > 1
     for attempt in range(_PORT_ATTEMPTS):

@@ -10,7 +10,7 @@ import socket as stdlib
 from collections.abc import Coroutine
 from typing import Any, Literal
 
-from uvsock._addresses import interleave, resolve_name
+from uvsock._addresses import interleave, resolve
 from uvsock._contexts import TLSLike, client_context
 from uvsock._dial import Dialler, dial, dial_unix
 from uvsock._framing import Framer, as_framer
@@ -182,8 +182,9 @@ def connect(
 async def _dial_tcp(
     hostname: str, port: int, local_address: tuple[str, int] | None, delay: float | None
 ) -> stdlib.socket:
-    infos = interleave(await resolve_name(hostname, port))
-    local = None if local_address is None else await resolve_name(*local_address)
+    loop = asyncio.get_running_loop()
+    infos = interleave(await resolve(loop, (hostname, port)))
+    local = None if local_address is None else await resolve(loop, local_address)
     sock, failures = await dial(infos, local, delay, Dialler())
     if sock is None:
         telling = [error for error in failures if error.errno not in _UNREACHABLE] or failures

@@ -88,6 +88,17 @@ cdef class Handlers:
             return getattr(self, name)
         return handler
 
+    def __eq__(self, other):
+        if type(self) is not Handlers or type(other) is not Handlers:
+            return NotImplemented  # a subclass says itself what makes two of it equal
+        return all([getattr(self, name) == getattr(other, name) for name in NAMES])
+
+    def __hash__(self):
+        # Of what can always be hashed: a handler need not be.
+        if type(self) is not Handlers:
+            return object.__hash__(self)
+        return hash(tuple([getattr(self, name) is None for name in NAMES]))
+
     def __reduce__(self):
         if type(self) is not Handlers:
             raise TypeError(

@@ -43,6 +43,7 @@ cdef class LoopState:
     # One per event loop. Streams hold it; it holds their groups only while they have streams.
     cdef readonly object loop
     cdef list transports        # uvloop's of open streams, by descriptor; None: not known
+    cdef dict sockets           # those of them that were asked for, by descriptor
     cdef unsigned long thread
     cdef bint debug             # the loop's debug mode, as of its newest connection or listener
     cdef readonly Py_ssize_t held
@@ -76,6 +77,7 @@ cdef class LoopState:
     cdef int count_read(self) except -1
     cdef bint answers_at_once(self, Stream stream) noexcept
     cdef int _flush(self) except -1
+    cdef object socket_of(self, int fd, object of_uvloop)
     cdef int keep_transport(self, Py_ssize_t fd, object transport) except -1
     cdef int forget_transport(self, Py_ssize_t fd) except -1
     cdef BufferSink take_sink(self)

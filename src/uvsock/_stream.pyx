@@ -105,16 +105,35 @@ cdef object PseudoSocket = uvloop.loop.PseudoSocket
 cdef object get_protocol = uvloop.loop.UVBaseTransport.get_protocol
 
 
-class _ClosedSocket(PseudoSocket):
-    """The socket of a closed connection: what needs the descriptor is refused by an OSError."""
+cdef frozenset OF_THE_DESCRIPTOR = frozenset({
+    "dup", "get_inheritable", "getpeername", "getsockname", "getsockopt", "set_inheritable",
+    "setsockopt", "shutdown",
+})
 
-    __slots__ = ()
 
-    def _refuse(self, *arguments, **options):
-        raise OSError(EBADF, os.strerror(EBADF))
+class TransportSocket:
+    """The socket of a connection, for what is neither reading, writing nor closing.
 
-    getpeername = getsockname = getsockopt = setsockopt = shutdown = _refuse
-    dup = get_inheritable = set_inheritable = _refuse
+    As asyncio's of that name: on a connection that is closed, what needs the descriptor is an
+    ``OSError``, also if the object was had before. uvloop's answers then, or raises a ValueError.
+    """
+
+    __slots__ = ("_socket",)
+
+    def __init__(self, of_uvloop):
+        self._socket = of_uvloop
+
+    def __repr__(self):
+        return repr(self._socket).replace("uvloop.PseudoSocket", "uvsock.TransportSocket")
+
+    def __getattr__(self, name):
+        if name in OF_THE_DESCRIPTOR and self._socket.fileno() < 0:
+            return _refuse
+        return getattr(self._socket, name)
+
+
+def _refuse(*arguments):
+    raise OSError(EBADF, os.strerror(EBADF))
 
 
 class _NamedTransport:
@@ -177,6 +196,7 @@ cdef class LoopState:
         self.groups = set()
         self._dirty = []
         self._idle_waiters = set()
+        self.sockets = {}
         self._flush_callback = self._flush_dirty
         self._answers_callback = self._flush_answers
         self.plain_buffer = None
@@ -312,6 +332,13 @@ cdef class LoopState:
             self._flush()
         else:
             self._answers = 0  # it comes later, if one comes
+
+    cdef object socket_of(self, int fd, object of_uvloop):
+        """The same object each time, as programs expect; for those that were asked for one."""
+        found = self.sockets.get(fd)
+        if found is None:
+            found = self.sockets[fd] = TransportSocket(of_uvloop)
+        return found
 
     cdef int keep_transport(self, Py_ssize_t fd, object transport) except -1:
         cdef list transports = self.transports
@@ -663,6 +690,8 @@ cdef class Stream:
             self._disarm_writer()
             self._drop_output()
             self.state.forget_transport(self.fd)
+            if self.state.sockets:
+                self.state.sockets.pop(self.fd, None)
             self.fd = -1
             self.stash = None
             if self.frames is not None:
@@ -1705,8 +1734,10 @@ cdef class Stream:
             if self.tcp:
                 long_name = len(self.transport.get_extra_info("sockname") or ()) == 4
                 family = socket.AF_INET6 if long_name else socket.AF_INET
-            return _ClosedSocket(family, socket.SOCK_STREAM, 0, -1)
+            return TransportSocket(PseudoSocket(family, socket.SOCK_STREAM, 0, -1))
         found = self.transport.get_extra_info(name)
+        if name == "socket" and found is not None:
+            return self.state.socket_of(self.fd, found)
         if found is None and name == "peername" and self.tcp and self.fd >= 0:
             found = self._gone_peer()
         return default if found is None else found

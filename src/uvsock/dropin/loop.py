@@ -42,7 +42,13 @@ class Loop(SendFile):
     """
 
     def __init__(self) -> None:
+        # Written out, because nothing can be seen of the arguments of uvloop's.
         super().__init__()
+
+    def set_debug(self, enabled: bool) -> None:
+        """Turn debug mode on or off: from here on, for connections that are open as well."""
+        super().set_debug(enabled)
+        state_of(self)
 
     # ── Connecting ─────────────────────────────────────────────────────────────────────────────
 
@@ -77,13 +83,8 @@ class Loop(SendFile):
                 raise ValueError("You must set server_hostname when using ssl without a host")
             server_hostname = host
         _check_plain_socket(sock)
-        group = TransportGroup(
-            state_of(self),
-            tls_context=_tls_context(ssl, server_hostname),
-            server_hostname=server_hostname or None,
-            handshake_timeout=ssl_handshake_timeout,
-            shutdown_timeout=ssl_shutdown_timeout,
-            context=context,
+        group = self._client_group(
+            ssl, server_hostname, ssl_handshake_timeout, ssl_shutdown_timeout, context
         )
         ours = sock is None
         if host is not None or port is not None:
@@ -164,13 +165,8 @@ class Loop(SendFile):
         if ssl and server_hostname is None:
             raise ValueError("you have to pass server_hostname when using ssl")
         _check_tls_options(ssl, server_hostname, ssl_handshake_timeout, ssl_shutdown_timeout)
-        group = TransportGroup(
-            state_of(self),
-            tls_context=_tls_context(ssl, server_hostname),
-            server_hostname=server_hostname or None,
-            handshake_timeout=ssl_handshake_timeout,
-            shutdown_timeout=ssl_shutdown_timeout,
-            context=context,
+        group = self._client_group(
+            ssl, server_hostname, ssl_handshake_timeout, ssl_shutdown_timeout, context
         )
         ours = sock is None
         if path is not None:
@@ -205,15 +201,50 @@ class Loop(SendFile):
         _check_plain_socket(sock)
         if ssl is True:
             raise ValueError("Server side SSL needs a valid SSLContext")
-        group = TransportGroup(
-            state_of(self),
-            tls_context=_tls_context(ssl, None),
-            server_side=True,
-            handshake_timeout=ssl_handshake_timeout,
-            shutdown_timeout=ssl_shutdown_timeout,
-            context=context,
+        group = self._server_group(
+            None, ssl or None, ssl_handshake_timeout, ssl_shutdown_timeout, context
         )
         return await self._connected(group, protocol_factory, sock, ours=False)
+
+    def _client_group(
+        self,
+        ssl: ssl_module.SSLContext | bool | None,
+        server_hostname: str | None,
+        handshake_timeout: float | None,
+        shutdown_timeout: float | None,
+        context: contextvars.Context | None,
+    ) -> TransportGroup:
+        tls_context = ssl or None
+        if isinstance(tls_context, bool):
+            tls_context = ssl_module.create_default_context()
+            if not server_hostname:
+                tls_context.check_hostname = False
+        return TransportGroup(
+            state_of(self),
+            tls_context=tls_context,
+            server_hostname=server_hostname or None,
+            handshake_timeout=handshake_timeout,
+            shutdown_timeout=shutdown_timeout,
+            context=context,
+        )
+
+    def _server_group(
+        self,
+        protocol_factory: ProtocolFactory | None,
+        tls_context: ssl_module.SSLContext | None,
+        handshake_timeout: float | None,
+        shutdown_timeout: float | None,
+        context: contextvars.Context | None,
+    ) -> TransportGroup:
+        return TransportGroup(
+            state_of(self),
+            tls_context=tls_context,
+            server_side=True,
+            protocol_factory=protocol_factory,
+            handshake_timeout=handshake_timeout,
+            shutdown_timeout=shutdown_timeout,
+            context=context,
+        )
 
     async def _connected(
         self,
@@ -302,14 +333,8 @@ class Loop(SendFile):
         """Start a TCP server, as ``asyncio.loop.create_server`` of the newest Python."""
         _check_server_tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
         _check_plain_socket(sock)
-        group = TransportGroup(
-            state_of(self),
-            tls_context=ssl,
-            server_side=True,
-            protocol_factory=protocol_factory,
-            handshake_timeout=ssl_handshake_timeout,
-            shutdown_timeout=ssl_shutdown_timeout,
-            context=context,
+        group = self._server_group(
+            protocol_factory, ssl, ssl_handshake_timeout, ssl_shutdown_timeout, context
         )
         if host is not None or port is not None:
             if sock is not None:
@@ -355,14 +380,8 @@ class Loop(SendFile):
     ) -> Server:
         """Start a server on a Unix socket, as asyncio's; ``cleanup_socket`` on every Python."""
         _check_server_tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
-        group = TransportGroup(
-            state_of(self),
-            tls_context=ssl,
-            server_side=True,
-            protocol_factory=protocol_factory,
-            handshake_timeout=ssl_handshake_timeout,
-            shutdown_timeout=ssl_shutdown_timeout,
-            context=context,
+        group = self._server_group(
+            protocol_factory, ssl, ssl_handshake_timeout, ssl_shutdown_timeout, context
         )
         if path is not None:
             if sock is not None:
@@ -563,19 +582,6 @@ def _check_server_tls(
     if isinstance(ssl, bool):
         raise TypeError("ssl argument must be an SSLContext or None")
     _check_tls_options(ssl, None, handshake_timeout, shutdown_timeout)
-
-
-def _tls_context(
-    ssl: ssl_module.SSLContext | bool | None, server_hostname: str | None
-) -> ssl_module.SSLContext | None:
-    if not ssl:
-        return None
-    if not isinstance(ssl, bool):
-        return ssl
-    context = ssl_module.create_default_context()
-    if not server_hostname:
-        context.check_hostname = False
-    return context
 
 
 def new_event_loop() -> Loop:
