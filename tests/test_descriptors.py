@@ -119,8 +119,11 @@ async def main(what, which):
             if listens(fd) == port
         )
     peer = socket.create_connection(("127.0.0.1", port))
-    while not made:
-        await asyncio.sleep(0.001)
+    peer.setblocking(False)
+    # Closed before libuv watches it, in the iteration that accepts it, a descriptor ends the
+    # process: epoll_ctl(2) fails, and libuv aborts.
+    await loop.sock_sendall(peer, b"x")
+    await asyncio.wait_for(loop.sock_recv(peer, 1), 5)
     connection = made[0]
     if what == "listening":
         os.close(listening)
