@@ -33,4 +33,3 @@ cdef class Handlers:
 
 
 cdef str event_name(int event)
-cdef bint is_awaitable(object result) except -1

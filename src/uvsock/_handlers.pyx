@@ -3,24 +3,7 @@
 import functools
 from collections.abc import Mapping
 
-cdef extern from *:
-    """
-    static int uvs_is_awaitable(PyObject *object) {
-        PyAsyncMethods *methods = Py_TYPE(object)->tp_as_async;
-        if (methods != NULL && methods->am_await != NULL)
-            return 1;
-        if (!PyGen_CheckExact(object))
-            return 0;
-        /* of a function that types.coroutine() has made one */
-        PyObject *code = PyObject_GetAttrString(object, "gi_code");
-        if (code == NULL)
-            return -1;
-        int flags = ((PyCodeObject *)code)->co_flags;
-        Py_DECREF(code);
-        return (flags & CO_ITERABLE_COROUTINE) != 0;
-    }
-    """
-    bint uvs_is_awaitable(object) except -1
+from uvsock._awaiting cimport is_awaitable
 
 cdef tuple NAMES = (
     "open", "data", "drain", "end", "timeout", "handshake", "error", "close", "connect_error",
@@ -30,11 +13,6 @@ cdef frozenset KNOWN = frozenset(NAMES)
 
 cdef str event_name(int event):
     return NAMES[event]
-
-
-cdef bint is_awaitable(object result) except -1:
-    """Whether ``await`` takes what a handler returned, whoever made it."""
-    return uvs_is_awaitable(result)
 
 
 async def _awaited(awaitable):

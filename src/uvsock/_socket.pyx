@@ -14,9 +14,10 @@ from cpython.unicode cimport PyUnicode_Check
 from libc.limits cimport LLONG_MAX
 from libc.math cimport INFINITY
 
+from uvsock._awaiting cimport is_awaitable, task_of
 from uvsock._framing cimport AS_BYTEARRAY, AS_BYTES, AS_MEMORYVIEW, Framer, FrameReader
 from uvsock._handlers cimport (
-    CLOSE, DATA, DRAIN, END, ERROR, HANDSHAKE, OPEN, TIMEOUT, Handlers, event_name, is_awaitable,
+    CLOSE, DATA, DRAIN, END, ERROR, HANDSHAKE, OPEN, TIMEOUT, Handlers, event_name,
 )
 from uvsock._stream cimport (
     CLOSED, CLOSING, CONNECTING, ENDING, ESTABLISHED,
@@ -31,7 +32,6 @@ from uvsock._handlers import as_handlers
 from uvsock._options import check_flag, check_seconds
 
 cdef extern from "Python.h":
-    bint PyCoro_CheckExact(object)
     const char* PyUnicode_AsUTF8AndSize(object text, Py_ssize_t* size) except NULL
     long PyLong_AsLongAndOverflow(object number, int* overflow) except? -1
 
@@ -379,12 +379,9 @@ cdef class Socket(Stream):
     cdef int _start(self, int event, object awaitable) except -1:
         """Run an async handler; no other handler of this socket runs until it is done."""
         try:
-            # Without a context the task copies the one that its handler was called in: what it sets
-            # is seen by nobody else, and it sees what a decorator has set.
-            if PyCoro_CheckExact(awaitable):
-                task = self.state.loop.create_task(awaitable)
-            else:
-                task = asyncio.ensure_future(awaitable, loop=self.state.loop)
+            # It copies the context that its handler was called in: what it sets is seen by nobody
+            # else, and it sees what a decorator has set.
+            task = task_of(self.state.loop, awaitable)
         except BaseException as error:
             return self._returned(event, error, False)
         self.busy = True

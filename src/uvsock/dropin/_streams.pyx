@@ -1,7 +1,6 @@
 """asyncio's streams, compiled: what runs for each message, and for each read of a socket."""
 
 import asyncio
-import inspect
 import sys
 import weakref
 from asyncio import CancelledError, IncompleteReadError, LimitOverrunError
@@ -16,6 +15,7 @@ from cpython.object cimport PyObject, PyTypeObject
 from cpython.ref cimport Py_INCREF
 from libc.string cimport memchr
 
+from uvsock._awaiting cimport is_awaitable, task_of
 from uvsock._framing cimport Cut, Framer
 from uvsock._sink cimport BufferSink
 from uvsock._stream cimport CLOSING, LoopState, now
@@ -946,8 +946,8 @@ cdef class StreamProtocol(CompiledProtocol):
         except Exception as error:
             self._report(error, transport)
             started = None
-        if started is not None and inspect.isawaitable(started):
-            self._task = asyncio.ensure_future(started, loop=self._loop)
+        if started is not None and is_awaitable(started):
+            self._task = task_of(self._loop, started)
             self._task.add_done_callback(self._task_done)
             if isinstance(transport, Transport):
                 # For what the task writes at once: scheduled later, it takes an iteration more.
