@@ -17,6 +17,7 @@ from typing import Any
 
 import uvsock
 import uvsock.testing
+from uvsock._option_table import Option
 
 PACKAGE = Path(uvsock.__file__).parent
 # What readers look for first; other names follow in alphabetical order.
@@ -29,6 +30,7 @@ FIELDS = {
     "bytes_written": "The sum of what `write` and the like have accepted; plain text for TLS.",
     "data": "Any object of yours. It begins as `data=`, or as what `data_factory=` returns.",
 }
+GIVEN = "And the options of `listen` that its sockets are made with, to look at:"
 HEAD = """# Reference
 
 <!-- Made by docs/make_reference.py. Change the stubs and docstrings instead. -->
@@ -82,7 +84,17 @@ def argument(name: str, annotation: ast.expr | None, default: ast.expr | None) -
     return text if default is None else f"{text} = {ast.unparse(default)}"
 
 
-def signature(name: str, node: Function, *, bound: bool) -> str:
+def options(value: Any) -> list[str]:
+    """What the made signature of a function has in the place of ``**options``."""
+    made = getattr(value, "__signature__", None)
+    return [
+        f"{p.name}: {p.annotation} = {p.default!r}"
+        for p in (made.parameters.values() if made else ())
+        if p.kind is p.KEYWORD_ONLY and p.name not in value.__kwdefaults__
+    ]
+
+
+def signature(name: str, node: Function, *, bound: bool, value: Any = None) -> str:
     given = node.args
     before = [None] * (len(given.args) - len(given.defaults))
     both = zip(given.args, [*before, *given.defaults], strict=True)
@@ -98,7 +110,8 @@ def signature(name: str, node: Function, *, bound: bool) -> str:
         named = zip(given.kwonlyargs, given.kw_defaults, strict=True)
         parts += [argument(a.arg, a.annotation, d) for a, d in named]
     if given.kwarg is not None:
-        parts.append(argument(f"**{given.kwarg.arg}", given.kwarg.annotation, None))
+        rest = argument(f"**{given.kwarg.arg}", given.kwarg.annotation, None)
+        parts += options(value) or [rest]
     return call(name, parts, node)
 
 
@@ -175,9 +188,21 @@ def render_class(name: str, value: type) -> list[str]:
         return [*parts, "\n".join(f"- `{member.name}` = {member.value}" for member in value)]
     public = members(node, value)
     attributes = {n: found[0] for n, found in public.items() if is_attribute(found[0])}
+    # Of an Option[T], T.
+    rows = {
+        n: found.annotation.slice
+        for n, found in attributes.items()
+        if isinstance(getattr(value, n, None), Option)
+    }
     if attributes.keys() - arguments:
-        listed = [attribute(n, found, value, node.body) for n, found in attributes.items()]
+        listed = [
+            attribute(n, found, value, node.body)
+            for n, found in attributes.items()
+            if n not in rows
+        ]
         parts += [f"### Attributes of {name}", "\n".join(listed)]
+        if rows:
+            parts += [GIVEN, "\n".join(f"- `{argument(n, rows[n], None)}`" for n in rows)]
     for method, found in public.items():
         if method not in attributes:
             signatures = [signature(method, f, bound=True) for f in found]
@@ -196,7 +221,10 @@ def render() -> str:
         if isinstance(value, type):
             parts += render_class(name, value)
         else:
-            parts += [f"## {name}", block(signature(name, definition(value), bound=False))]
+            parts += [
+                f"## {name}",
+                block(signature(name, definition(value), bound=False, value=value)),
+            ]
             parts.append(description(value))
     return "\n\n".join(part for part in parts if part) + "\n"
 

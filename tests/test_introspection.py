@@ -56,8 +56,7 @@ def members(cls: type) -> Iterator[tuple[str, Any]]:
         value = getattr(cls, name)
         if not (getattr(value, "__module__", None) or owner.__module__).startswith("uvsock"):
             continue
-        described = isinstance(value, property) or inspect.isgetsetdescriptor(value)
-        if described or (callable(value) and name not in UVLOOPS):
+        if inspect.isdatadescriptor(value) or (callable(value) and name not in UVLOOPS):
             yield name, value
 
 

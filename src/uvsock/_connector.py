@@ -8,13 +8,13 @@ import errno
 import os
 import socket as stdlib
 from collections.abc import Coroutine
-from typing import Any, Literal
+from typing import Any, Unpack
 
 from uvsock._addresses import interleave, resolve
 from uvsock._contexts import TLSLike, client_context
 from uvsock._dial import Dialler, dial, dial_unix
-from uvsock._framing import Framer, as_framer
 from uvsock._handlers import as_handlers
+from uvsock._option_table import CONNECT, SocketOptions, check_options, takes
 from uvsock._options import (
     check_address,
     check_hostname,
@@ -22,7 +22,6 @@ from uvsock._options import (
     check_seconds,
     check_sock,
     check_unix_path,
-    socket_options,
 )
 from uvsock._socket import Group, Socket
 from uvsock._stream import state_of
@@ -33,6 +32,7 @@ from uvsock._uvloop import attach
 _UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
+@takes(CONNECT, SocketOptions)
 def connect(
     handlers: HandlersLike,
     hostname: str | None = None,
@@ -42,19 +42,11 @@ def connect(
     sock: stdlib.socket | None = None,
     tls: TLSLike = None,
     server_hostname: str | None = None,
-    data: Any = None,
     timeout: float | None = None,
     local_address: tuple[str, int] | None = None,
     happy_eyeballs_delay: float | None = 0.25,
-    allow_half_open: bool = False,
-    binary_type: Literal["bytes", "bytearray", "memoryview"] = "bytes",
-    framing: Framer | None = None,
-    cork: bool = True,
-    high_water_mark: int = 65536,
-    no_delay: bool = True,
-    keep_alive: bool | float | None = None,
-    idle_timeout: float | None = None,
-    linger_timeout: float = 30.0,
+    data: Any = None,
+    **options: Unpack[SocketOptions],
 ) -> Coroutine[Any, Any, Socket[Any]]:
     """Connect to one address: ``hostname`` and ``port``, ``unix``, or ``sock``. Await the result.
 
@@ -67,14 +59,13 @@ def connect(
         tls: TLS options (see ``TLS``); True verifies the peer against the system's CAs and the host
             name; None or False for a plain connection.
         server_hostname: the name to send and to verify instead of ``hostname``.
-        data: what ``socket.data`` begins as.
         timeout: seconds for name lookup, connecting and the TLS handshake together. With it a Unix
             listener whose backlog is full is waited for; without, that is a ``BlockingIOError``.
         local_address: host and port to connect from.
         happy_eyeballs_delay: seconds until the next address is tried beside one that has not
             answered; None to try them one after another.
-        allow_half_open, binary_type, framing, cork, high_water_mark, no_delay, keep_alive,
-            idle_timeout, linger_timeout: as for ``listen``.
+        data: what ``socket.data`` begins as.
+        **options: see ``SocketRows``.
 
     Returns:
         The socket, once ``open`` has returned.
@@ -85,6 +76,7 @@ def connect(
             ``ConnectionRefusedError``, ``TimeoutError``, ``socket.gaierror``, ``ssl.SSLError``...
         Exception: what ``connect_error`` raised itself.
     """
+    fields = check_options(CONNECT, "connect", options)
     table = as_handlers(handlers)
     kind = check_address(hostname, port, unix, sock)
     if kind == "tcp":
@@ -104,17 +96,6 @@ def connect(
             raise TypeError("local_address: must be a tuple of host and port")
         check_hostname("local_address", local_address[0])
         check_port(local_address[1], name="local_address")
-    options = socket_options(
-        allow_half_open=allow_half_open,
-        binary_type=binary_type,
-        framing=as_framer(framing),
-        cork=cork,
-        high_water_mark=high_water_mark,
-        no_delay=no_delay,
-        keep_alive=keep_alive,
-        idle_timeout=idle_timeout,
-        linger_timeout=linger_timeout,
-    )
     if server_hostname is not None:
         check_hostname("server_hostname", server_hostname)
     context, name = client_context(tls) or (None, None)
@@ -141,7 +122,7 @@ def connect(
             state,
             table,
             context=calling,
-            options=options,
+            fields=fields,
             data=data,
             tls_context=context,
             server_hostname=name,

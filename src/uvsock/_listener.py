@@ -6,14 +6,14 @@ import asyncio
 import contextvars
 import os
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn, Self, Unpack
 
 from uvsock._bind import SocketFile, bind_tcp, bind_unix, listen_on, socket_file
 from uvsock._contexts import TLSLike, server_context
-from uvsock._framing import Framer, as_framer
 from uvsock._handlers import Handlers, as_handlers
+from uvsock._option_table import LISTEN, ListenOptions, ListenRows, check_options, takes
 from uvsock._options import (
     check_address,
     check_flag,
@@ -23,7 +23,6 @@ from uvsock._options import (
     check_seconds,
     check_sock,
     check_unix_path,
-    socket_options,
 )
 from uvsock._socket import Group, Socket
 from uvsock._stream import LoopState, state_of
@@ -49,6 +48,7 @@ class ListenerStats(NamedTuple):
     """Bytes accepted for writing, plain text for TLS."""
 
 
+@takes(LISTEN, ListenOptions)
 def listen(
     handlers: HandlersLike,
     hostname: str | None = None,
@@ -57,21 +57,12 @@ def listen(
     unix: str | bytes | os.PathLike[str] | None = None,
     sock: socket.socket | None = None,
     tls: TLSLike = None,
-    data: Any = None,
-    data_factory: Callable[[], Any] | None = None,
     backlog: int = 1024,
     reuse_port: bool = False,
     exclusive: bool = False,
     ipv6_only: bool = False,
-    allow_half_open: bool = False,
-    binary_type: Literal["bytes", "bytearray", "memoryview"] = "bytes",
-    framing: Framer | None = None,
-    cork: bool = True,
-    high_water_mark: int = 65536,
-    no_delay: bool = True,
-    keep_alive: bool | float | None = None,
-    idle_timeout: float | None = None,
-    linger_timeout: float = 30.0,
+    data: Any = None,
+    **options: Unpack[ListenOptions],
 ) -> Coroutine[Any, Any, Listener]:
     """Listen on one address: ``hostname`` and ``port``, ``unix``, or ``sock``. Await the result.
 
@@ -83,28 +74,18 @@ def listen(
             file is replaced; the file is removed at ``stop()``.
         sock: a bound or listening stream socket, which the listener owns from here on.
         tls: TLS options (see ``TLS``); None or False for plain connections.
-        data: ``listener.data``, and what ``socket.data`` begins as: one object for all sockets.
-        data_factory: called without arguments for each connection, to make its ``socket.data``.
         backlog: connections that the kernel keeps until they are accepted (listen(2)).
         reuse_port: share the port with other processes (SO_REUSEPORT).
         exclusive: refuse to share it; not together with ``reuse_port``.
         ipv6_only: do not take IPv4 connections on an IPv6 address (IPV6_V6ONLY).
-        allow_half_open: keep the own side open after the peer has ended its own.
-        binary_type: what ``data`` is called with: ``"bytes"``, ``"bytearray"`` or ``"memoryview"``
-            (borrowed: valid until the handler returns).
-        framing: a ``Framer``, such as ``Lines()``, that cuts what arrives into frames: ``data`` is
-            called once per frame. None to deliver what arrives as it comes.
-        cork: gather writes into one send(2); False for one send per write.
-        high_water_mark: the most that is held per socket, in bytes.
-        no_delay: send small segments at once (TCP_NODELAY).
-        keep_alive: probe idle peers: True, or the idle seconds before the first probe.
-        idle_timeout: seconds without traffic until ``timeout`` is called; None for never.
-        linger_timeout: seconds that ``close()`` may take to deliver what was accepted.
+        data: ``listener.data``, and what ``socket.data`` begins as: one object for all sockets.
+        **options: see ``ListenRows``.
 
     Raises:
         TypeError, ValueError: an argument is wrong; raised by the call itself.
         OSError: the address cannot be bound, with the address in its text.
     """
+    fields = check_options(LISTEN, "listen", options)
     table = as_handlers(handlers)
     kind = check_address(hostname, port, unix, sock)
     if kind == "tcp":
@@ -119,21 +100,8 @@ def listen(
     check_flag("ipv6_only", ipv6_only)
     if reuse_port and exclusive:
         raise ValueError("exclusive: must not be given together with reuse_port")
-    if data is not None and data_factory is not None:
+    if data is not None and fields["data_factory"] is not None:
         raise TypeError("data_factory: must not be given together with data")
-    if data_factory is not None and not callable(data_factory):
-        raise TypeError(f"data_factory: must be callable, not {type(data_factory).__name__}")
-    options = socket_options(
-        allow_half_open=allow_half_open,
-        binary_type=binary_type,
-        framing=as_framer(framing),
-        cork=cork,
-        high_water_mark=high_water_mark,
-        no_delay=no_delay,
-        keep_alive=keep_alive,
-        idle_timeout=idle_timeout,
-        linger_timeout=linger_timeout,
-    )
     context = server_context(tls)
     calling = contextvars.copy_context()
 
@@ -160,10 +128,9 @@ def listen(
             state,
             table,
             context=calling,
-            options=options,
+            fields=fields,
             listener=listener,
             data=data,
-            data_factory=data_factory,
             tls_context=context,
             server_side=True,
         )
@@ -174,7 +141,7 @@ def listen(
     return start()
 
 
-class Listener:
+class Listener(ListenRows):
     """A listening address and its sockets. Made by ``listen``."""
 
     _state: LoopState

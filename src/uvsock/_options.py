@@ -12,15 +12,9 @@ import os
 import socket
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, overload
-
-if TYPE_CHECKING:
-    from uvsock._framing import Framer
+from typing import Final, Literal, TypeVar, overload
 
 _T = TypeVar("_T", bound=str)
-
-BINARY_TYPES: Final = ("bytes", "bytearray", "memoryview")
 
 # Of a wrong value, in characters: what was passed may be a file's contents.
 _MAX_SHOWN: Final = 200
@@ -248,67 +242,15 @@ def check_address(
     return "tcp"
 
 
-@dataclass(frozen=True, slots=True)
-class SocketOptions:
-    """The options that all sockets of a listener share, checked. Sizes in bytes, times in seconds.
-
-    Attributes:
-        keep_alive: None for off, 0.0 for on with the system's delay, else the delay.
-        idle_timeout: None for off.
-    """
-
-    allow_half_open: bool
-    binary_type: Literal["bytes", "bytearray", "memoryview"]
-    framing: Framer | None
-    cork: bool
-    high_water_mark: int
-    no_delay: bool
-    keep_alive: float | None
-    idle_timeout: float | None
-    linger_timeout: float
-
-
-def socket_options(
-    *,
-    allow_half_open: bool = False,
-    binary_type: Literal["bytes", "bytearray", "memoryview"] = "bytes",
-    framing: Framer | None = None,
-    cork: bool = True,
-    high_water_mark: int = 65536,
-    no_delay: bool = True,
-    keep_alive: bool | float | None = None,
-    idle_timeout: float | None = None,
-    linger_timeout: float = 30.0,
-) -> SocketOptions:
-    """Check the options of ``listen`` and ``connect`` that every socket is made with.
-
-    ``framing`` has been checked, by ``as_framer``.
-
-    Raises:
-        TypeError, ValueError: naming the option.
-    """
-    return SocketOptions(
-        allow_half_open=check_flag("allow_half_open", allow_half_open),
-        binary_type=check_one_of("binary_type", binary_type, BINARY_TYPES),
-        framing=framing,
-        cork=check_flag("cork", cork),
-        # The core counts in a signed machine word.
-        high_water_mark=check_int("high_water_mark", high_water_mark, 1, sys.maxsize),
-        no_delay=check_flag("no_delay", no_delay),
-        keep_alive=_check_keep_alive(keep_alive),
-        idle_timeout=check_seconds("idle_timeout", idle_timeout, allow_none=True),
-        linger_timeout=check_seconds("linger_timeout", linger_timeout, allow_zero=True),
-    )
-
-
-def _check_keep_alive(value: Any) -> float | None:
+def check_keep_alive(name: str, value: object) -> float | None:
+    """None for off, 0.0 for on with the system's delay, else the seconds before the first probe."""
     if value is None or value is False:
         return None
     if value is True:
         return 0.0
     what = f"True, False, None or a number of seconds above 0, at most {_MAX_KEEP_ALIVE}"
     if not isinstance(value, (int, float)):
-        raise wrong_type("keep_alive", what, value)
+        raise wrong_type(name, what, value)
     if not 0 < value <= _MAX_KEEP_ALIVE:
-        raise wrong_value("keep_alive", what, value)
+        raise wrong_value(name, what, value)
     return float(value)

@@ -11,8 +11,8 @@ cdef class Group(StreamGroup):
     cdef public Handlers handlers       # assigning it is the hot reload
     cdef readonly object listener       # None for an outgoing connection
     cdef public object data
-    cdef object data_factory
-    cdef readonly Framer framing        # what its sockets begin with, or None
+    cdef public object data_factory
+    cdef public Framer framing          # what its sockets begin with, or None
 
 
 @cython.final

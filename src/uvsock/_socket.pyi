@@ -2,9 +2,9 @@ import asyncio
 import contextvars
 import enum
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import IO, Any, Generic, Literal, Never, NoReturn, Protocol, Self, final, overload
+from typing import IO, Any, Generic, Literal, Never, NoReturn, Self, final, overload
 
 from typing_extensions import Buffer, TypeVar
 
@@ -17,26 +17,6 @@ from uvsock._types import HandlersLike
 
 # The type of `socket.data`.
 _T = TypeVar("_T", default=Any)
-
-class _Options(Protocol):
-    @property
-    def allow_half_open(self) -> bool: ...
-    @property
-    def binary_type(self) -> Literal["bytes", "bytearray", "memoryview"]: ...
-    @property
-    def framing(self) -> Framer | None: ...
-    @property
-    def cork(self) -> bool: ...
-    @property
-    def high_water_mark(self) -> int: ...
-    @property
-    def no_delay(self) -> bool: ...
-    @property
-    def keep_alive(self) -> float | None: ...
-    @property
-    def idle_timeout(self) -> float | None: ...
-    @property
-    def linger_timeout(self) -> float: ...
 
 class ReadyState(enum.IntEnum):
     SHUTDOWN = -2
@@ -51,16 +31,17 @@ def live_sockets(loop: asyncio.AbstractEventLoop) -> set[Socket[Any]]: ...
 class Group(StreamGroup):
     handlers: Handlers
     data: Any
+    data_factory: Callable[[], Any] | None
+    framing: Framer | None
     def __init__(
         self,
         state: LoopState,
         handlers: Handlers,
         *,
         context: contextvars.Context,
-        options: _Options,
+        fields: Mapping[str, Any],
         listener: Listener | None = None,
         data: Any = None,
-        data_factory: Callable[[], Any] | None = None,
         tls_context: ssl.SSLContext | None = None,
         server_side: bool = False,
         server_hostname: str | None = None,
@@ -68,8 +49,6 @@ class Group(StreamGroup):
     def __call__(self, *args: Never) -> Socket[Any]: ...
     @property
     def listener(self) -> Listener | None: ...
-    @property
-    def framing(self) -> Framer | None: ...
 
 @final
 class AsyncHandler: ...

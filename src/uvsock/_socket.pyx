@@ -15,7 +15,7 @@ from libc.limits cimport LLONG_MAX
 from libc.math cimport INFINITY
 
 from uvsock._awaiting cimport is_awaitable, task_of
-from uvsock._framing cimport AS_BYTEARRAY, AS_BYTES, AS_MEMORYVIEW, Framer, FrameReader
+from uvsock._framing cimport AS_MEMORYVIEW, Framer, FrameReader
 from uvsock._handlers cimport (
     CLOSE, DATA, DRAIN, END, ERROR, HANDSHAKE, OPEN, TIMEOUT, Handlers, event_name,
 )
@@ -40,7 +40,6 @@ cdef object ZERO = 0
 cdef tuple ENDING_THE_RUN = (KeyboardInterrupt, SystemExit)
 # Seconds. A peer that connects and never finishes its handshake would otherwise stay for ever.
 cdef double UVS_HANDSHAKE_TIMEOUT = 60.0
-cdef dict DELIVERIES = {"bytes": AS_BYTES, "bytearray": AS_BYTEARRAY, "memoryview": AS_MEMORYVIEW}
 
 
 class ReadyState(enum.IntEnum):
@@ -74,26 +73,18 @@ def _raise_again(error):
 cdef class Group(StreamGroup):
     """What the sockets of one listener, or one connection, share. Calling it makes a socket."""
 
-    def __init__(self, state, handlers, *, context, options, listener=None, data=None,
-                 data_factory=None, tls_context=None, server_side=False, server_hostname=None):
+    def __init__(self, state, handlers, *, context, fields, listener=None, data=None,
+                 tls_context=None, server_side=False, server_hostname=None):
         self.state = state
         self.context = context
         self.handlers = handlers
         self.listener = listener
         self.data = data
-        self.data_factory = data_factory
         self.tls_context = tls_context
         self.server_side = server_side
         self.server_hostname = server_hostname
-        self.framing = options.framing
-        self.allow_half_open = options.allow_half_open
-        self.cork = options.cork
-        self.no_delay = options.no_delay
-        self.delivery = DELIVERIES[options.binary_type]
-        self.high_water_mark = options.high_water_mark
-        self.keep_alive = -1.0 if options.keep_alive is None else options.keep_alive
-        self.idle_timeout = 0.0 if options.idle_timeout is None else options.idle_timeout
-        self.linger_timeout = options.linger_timeout
+        for field, value in fields.items():  # as check_options() made them
+            setattr(self, field, value)
         self.handshake_timeout = UVS_HANDSHAKE_TIMEOUT
 
     def __call__(self):

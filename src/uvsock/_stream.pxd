@@ -99,14 +99,14 @@ cdef class StreamGroup:
     cdef readonly Py_ssize_t handshake_failures
     cdef long long _bytes_read            # of streams already closed
     cdef long long _bytes_written
-    cdef bint allow_half_open
-    cdef bint cork
-    cdef bint no_delay
-    cdef Delivery delivery
-    cdef Py_ssize_t high_water_mark
-    cdef double keep_alive                # seconds before the first probe, 0 the system's, < 0 off
-    cdef double idle_timeout              # seconds, 0 off
-    cdef double linger_timeout            # seconds
+    cdef public bint allow_half_open
+    cdef public bint cork
+    cdef public bint no_delay
+    cdef public Delivery delivery
+    cdef public Py_ssize_t high_water_mark
+    cdef public double keep_alive         # seconds before the first probe, 0 the system's, < 0 off
+    cdef public double idle_timeout       # seconds, 0 off
+    cdef public double linger_timeout     # seconds
     cdef double handshake_timeout         # seconds
 
     cdef int add(self, Stream stream) except -1

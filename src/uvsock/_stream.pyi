@@ -53,6 +53,14 @@ def watch_transports(state: LoopState) -> None: ...
 class StreamGroup:
     tls_context: ssl.SSLContext | None
     stopped: bool
+    allow_half_open: bool
+    cork: bool
+    no_delay: bool
+    delivery: int
+    high_water_mark: int
+    keep_alive: float
+    idle_timeout: float
+    linger_timeout: float
     @property
     def state(self) -> LoopState: ...
     @property
