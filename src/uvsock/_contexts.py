@@ -9,7 +9,6 @@ import re
 import ssl
 import stat
 import sys
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -478,6 +477,8 @@ def _file_of(contents: bytes) -> Iterator[str]:
                 view = view[memory.write(view) :]
             yield f"/proc/self/fd/{memory.fileno()}"
         return
+    import tempfile  # here: above, each `import uvsock` pays for what only this system needs
+
     with tempfile.NamedTemporaryFile(prefix="uvsock-") as file:  # mode 0600
         file.write(contents)
         file.flush()
