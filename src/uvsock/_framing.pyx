@@ -4,7 +4,6 @@ import errno
 import sys
 
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytearray cimport PyByteArray_FromStringAndSize
 from cpython.bytes cimport (
     PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE,
@@ -15,6 +14,7 @@ from cpython.sequence cimport PySequence_GetSlice
 from libc.stdio cimport snprintf
 from libc.string cimport memchr, memcmp, memset
 
+from uvsock._given cimport BUFFERS, Given, acquire, release
 from uvsock._packing cimport UVS_VARINT_MAX, get_number, get_varint, put_number, put_varint
 from uvsock._sink cimport BufferSink
 
@@ -120,17 +120,17 @@ cdef class Framer:
                 socket is closed.
             ValueError: ``searched`` is more than there is, or negative.
         """
-        cdef Py_buffer view
+        cdef Given given
         cdef Cut cut
         cdef int found
         memset(&cut, 0, sizeof(cut))
         cut.owner = <PyObject*>data
-        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        acquire(data, BUFFERS, "data", &given)
         try:
-            cut.searched = check_int("searched", searched, 0, view.len)
-            found = self.cut(<const char*>view.buf, view.len, &cut)
+            cut.searched = check_int("searched", searched, 0, given.n)
+            found = self.cut(given.p, given.n, &cut)
         finally:
-            PyBuffer_Release(&view)
+            release(&given)
         if found:
             return cut.start, cut.stop, cut.size
         return cut.need or None
@@ -147,10 +147,14 @@ cdef class Framer:
         Raises:
             ValueError: the frame cannot be written.
         """
+        cdef Given given
         cdef Envelope envelope
-        data = bytes(data)
         memset(&envelope, 0, sizeof(envelope))
-        _owner = self.enclose(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), &envelope)
+        acquire(data, BUFFERS, "data", &given)
+        try:
+            _owner = self.enclose(given.p, given.n, &envelope)
+        finally:
+            release(&given)
         return (
             PyBytes_FromStringAndSize(envelope.prefix, envelope.prefix_size),
             PyBytes_FromStringAndSize(envelope.suffix, envelope.suffix_size),
@@ -529,15 +533,15 @@ cdef class FrameReader:
 
     def split(self, data, binary_type="bytes"):
         """The frames that are whole with these bytes. For tests, and bytes from elsewhere."""
-        cdef Py_buffer view
+        cdef Given given
         cdef list frames = []
         kind = check_one_of("binary_type", binary_type, ("bytes", "bytearray", "memoryview"))
         cdef Delivery delivery = {
             "bytes": AS_BYTES, "bytearray": AS_BYTEARRAY, "memoryview": AS_MEMORYVIEW,
         }[kind]
-        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        acquire(data, BUFFERS, "data", &given)
         try:
-            self.feed(data, <const char*>view.buf, view.len)
+            self.feed(data, given.p, given.n)
             while True:
                 frame = self.next(delivery)
                 if frame is None:
@@ -545,7 +549,7 @@ cdef class FrameReader:
                 frames.append(frame)
         finally:
             self.leave()
-            PyBuffer_Release(&view)
+            release(&given)
 
     def __len__(self):
         return self.held()

@@ -57,3 +57,4 @@ cdef class BufferSink:
         self, object value, Py_ssize_t width, object byteorder, object at
     )
     cdef object _write(self, const char* p, Py_ssize_t n)
+    cdef object _write_from(self, object chunk)

@@ -2,10 +2,7 @@
 
 import sys
 
-from cpython.buffer cimport (
-    PyBUF_INDIRECT, PyBuffer_FillInfo, PyBuffer_IsContiguous, PyBuffer_Release,
-    PyObject_CheckBuffer, PyObject_GetBuffer,
-)
+from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytearray cimport (
     PyByteArray_AS_STRING, PyByteArray_FromStringAndSize, PyByteArray_GET_SIZE, PyByteArray_Resize,
 )
@@ -13,15 +10,12 @@ from cpython.bytes cimport (
     PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE,
 )
 from cpython.long cimport PyLong_CheckExact
-from cpython.unicode cimport PyUnicode_Check
 from libc.string cimport memcpy, memmove, memset
 
+from uvsock._given cimport TEXT, Given, acquire, release
 from uvsock._packing cimport UVS_VARINT_MAX, put_number, put_varint
 
 from uvsock._options import check_flag, check_int, check_one_of, wrong_type, wrong_value
-
-cdef extern from "Python.h":
-    const char* PyUnicode_AsUTF8AndSize(object text, Py_ssize_t* size) except NULL
 
 cdef enum:
     # Bytes of the first memory taken. Smaller ones would be outgrown after a few writes.
@@ -194,24 +188,17 @@ cdef class BufferSink:
             ValueError: the sink has ended.
             BufferError: the sink would have to grow while a view of its content is held.
         """
-        cdef Py_buffer view
-        cdef Py_ssize_t n
-        cdef const char* p
         if PyBytes_CheckExact(chunk):
             return self._write(PyBytes_AS_STRING(chunk), PyBytes_GET_SIZE(chunk))
-        if PyUnicode_Check(chunk):
-            p = PyUnicode_AsUTF8AndSize(chunk, &n)
-            return self._write(p, n)
-        if not PyObject_CheckBuffer(chunk):
-            raise wrong_type("chunk", "str or a bytes-like object", chunk)
-        # Asked for in any layout: what exporters raise for a layout that they do not have differs.
-        PyObject_GetBuffer(chunk, &view, PyBUF_INDIRECT)
+        return self._write_from(chunk)
+
+    cdef object _write_from(self, object chunk):
+        cdef Given given
+        acquire(chunk, TEXT, "chunk", &given)
         try:
-            if not PyBuffer_IsContiguous(&view, b"C"):
-                raise TypeError("chunk: must be a C-contiguous buffer, not one with gaps")
-            return self._write(<const char*>view.buf, view.len)
+            return self._write(given.p, given.n)
         finally:
-            PyBuffer_Release(&view)
+            release(&given)
 
     cdef object _write(self, const char* p, Py_ssize_t n):
         # Here, because making the chunk's buffer can have run code that ended the sink.

@@ -69,3 +69,4 @@ cdef class Socket(Stream):
     cdef Py_ssize_t _write_from(
         self, object data, object offset, object length, bint whole
     ) except -2
+    cdef Py_ssize_t _write_piece(self, const char* p, Py_ssize_t n) except -1

@@ -8,14 +8,15 @@ import ssl
 import warnings
 
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
+from cpython.buffer cimport PyObject_CheckBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
-from cpython.unicode cimport PyUnicode_Check
+from cpython.object cimport PyObject
 from libc.limits cimport LLONG_MAX
 from libc.math cimport INFINITY
 
 from uvsock._awaiting cimport is_awaitable, task_of
 from uvsock._framing cimport AS_MEMORYVIEW, Framer, FrameReader
+from uvsock._given cimport BUFFERS, TEXT, Given, acquire, release
 from uvsock._handlers cimport (
     CLOSE, DATA, DRAIN, END, ERROR, HANDSHAKE, OPEN, TIMEOUT, Handlers, event_name,
 )
@@ -32,7 +33,6 @@ from uvsock._handlers import as_handlers
 from uvsock._options import check_flag, check_seconds
 
 cdef extern from "Python.h":
-    const char* PyUnicode_AsUTF8AndSize(object text, Py_ssize_t* size) except NULL
     long PyLong_AsLongAndOverflow(object number, int* overflow) except? -1
 
 cdef object SSLError = ssl.SSLError
@@ -517,39 +517,21 @@ cdef class Socket(Stream):
     cdef Py_ssize_t _write_from(
         self, object data, object offset, object length, bint whole
     ) except -2:
-        cdef const char* p
-        cdef Py_ssize_t n, start, count
-        cdef Py_buffer view
-        cdef bint exported = False
-        cdef bytes owner = None
+        cdef Given given
+        cdef Py_ssize_t start
         self.state.check()
-        if PyBytes_CheckExact(data):
-            owner = data
-            p = PyBytes_AS_STRING(data)
-            n = PyBytes_GET_SIZE(data)
-        elif PyUnicode_Check(data):
-            p = PyUnicode_AsUTF8AndSize(data, &n)
-        elif PyObject_CheckBuffer(data):
-            try:
-                PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-            except (BufferError, ValueError) as error:  # ValueError: NumPy's
-                raise TypeError("data: must be a C-contiguous buffer") from error
-            exported = True
-            p = <const char*>view.buf
-            n = view.len
-        else:
-            raise TypeError(f"data: must be str or a bytes-like object, not {type(data).__name__}")
+        acquire(data, TEXT, "data", &given)
         try:
             if offset is not ZERO or length is not None:
-                start = _index("offset", offset, n)
-                count = n - start if length is None else _index("length", length, n - start)
-                p += start
-                n = count
-                owner = None
-            return self._write_checked(p, n, whole, owner)
+                start = _index("offset", offset, given.n)
+                given.n -= start
+                if length is not None:
+                    given.n = _index("length", length, given.n)
+                given.p += start
+                given.owner = <PyObject*>None
+            return self._write_checked(given.p, given.n, whole, <bytes>given.owner)
         finally:
-            if exported:
-                PyBuffer_Release(&view)
+            release(&given)
 
     cdef inline Py_ssize_t _write_checked(
         self, const char* p, Py_ssize_t n, bint whole, bytes owner
@@ -594,22 +576,13 @@ cdef class Socket(Stream):
         return self._write_frame_from(data)
 
     cdef Py_ssize_t _write_frame_from(self, object data) except -2:
-        cdef Py_buffer view
-        cdef const char* p
-        cdef Py_ssize_t n
+        cdef Given given
         self.state.check()
-        if PyUnicode_Check(data):
-            p = PyUnicode_AsUTF8AndSize(data, &n)
-            return self.write_framed(p, n)
-        if not PyObject_CheckBuffer(data):
-            raise TypeError(f"data: must be str or a bytes-like object, not {type(data).__name__}")
-        if isinstance(data, memoryview) and not data.c_contiguous:
-            raise TypeError("data: must be a C-contiguous buffer")
-        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        acquire(data, TEXT, "data", &given)
         try:
-            return self.write_framed(<const char*>view.buf, view.len)
+            return self.write_framed(given.p, given.n)
         finally:
-            PyBuffer_Release(&view)
+            release(&given)
 
     async def send_all(self, data):
         """Send all of the data, waiting under back-pressure.
@@ -623,45 +596,35 @@ cdef class Socket(Stream):
             OSError: what broke the connection.
             SocketClosedError: the socket was closed, or its write side ended, in order.
         """
-        cdef Py_ssize_t offset = 0, taken, size
+        cdef Given given
+        cdef Py_ssize_t offset = 0
         self.state.check()
-        if isinstance(data, str):
-            data = data.encode()
-        elif not PyObject_CheckBuffer(data):
-            raise TypeError(f"data: must be str or a bytes-like object, not {type(data).__name__}")
-        elif isinstance(data, memoryview) and not data.c_contiguous:
-            raise TypeError("data: must be a C-contiguous buffer")
-        view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
-        size = len(view)
-        with view:
+        acquire(data, TEXT, "data", &given)
+        try:
             await self._take_write_side()
             self.sending = PIECES
             try:
                 while True:
-                    taken = self._write_piece(view, offset)
-                    if taken < 0:
-                        raise self._reason()
-                    offset += taken
-                    if offset == size:
+                    offset += self._write_piece(given.p + offset, given.n - offset)
+                    if offset == given.n:
                         return
                     await self._writable_again()
             finally:
                 self._give_write_side()
+        finally:
+            release(&given)
 
-    def _write_piece(self, view, Py_ssize_t offset):
-        """A write of the call that has the write side to itself."""
-        cdef Py_buffer buffer
-        cdef Py_ssize_t taken
+    cdef Py_ssize_t _write_piece(self, const char* p, Py_ssize_t n) except -1:
+        """A write of the call that has the write side to itself: how much was taken."""
         cdef unsigned char sending = self.sending
-        PyObject_GetBuffer(view, &buffer, PyBUF_SIMPLE)
+        cdef Py_ssize_t taken
         self.sending = NOBODY
         try:
-            taken = self.write_bytes(
-                <const char*>buffer.buf + offset, buffer.len - offset, False, None
-            )
+            taken = self.write_bytes(p, n, False, None)
         finally:
             self.sending = sending
-            PyBuffer_Release(&buffer)
+        if taken < 0:
+            raise self._reason()
         return taken
 
     async def _take_write_side(self):
@@ -771,15 +734,17 @@ cdef class Socket(Stream):
 
     async def _send_piece(self, data):
         """All of some bytes, for the call that has the write side to itself."""
-        cdef Py_ssize_t offset = 0, taken
-        while True:
-            taken = self._write_piece(data, offset)
-            if taken < 0:
-                raise self._reason()
-            offset += taken
-            if offset == len(data):
-                return
-            await self._writable_again()
+        cdef Given given
+        cdef Py_ssize_t offset = 0
+        acquire(data, BUFFERS, "data", &given)
+        try:
+            while True:
+                offset += self._write_piece(given.p + offset, given.n - offset)
+                if offset == given.n:
+                    return
+                await self._writable_again()
+        finally:
+            release(&given)
 
     def flush(self):
         """Send what is held now, as far as the kernel takes it."""

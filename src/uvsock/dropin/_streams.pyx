@@ -6,7 +6,6 @@ import weakref
 from asyncio import CancelledError, IncompleteReadError, LimitOverrunError
 
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport (
     PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE,
 )
@@ -17,6 +16,7 @@ from libc.string cimport memchr
 
 from uvsock._awaiting cimport is_awaitable, task_of
 from uvsock._framing cimport Cut, Framer
+from uvsock._given cimport BUFFERS, Given, acquire, release
 from uvsock._sink cimport BufferSink
 from uvsock._stream cimport CLOSING, LoopState, now
 from uvsock.dropin._transport cimport CompiledProtocol, Transport, read_now
@@ -485,15 +485,12 @@ cdef class ReaderCore:
         Args:
             data: a bytes-like object, which is copied unless it is ``bytes``.
         """
-        cdef Py_buffer view
-        if PyBytes_CheckExact(data):
-            self.feed(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), data)
-            return
-        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        cdef Given given
+        acquire(data, BUFFERS, "data", &given)
         try:
-            self.feed(<const char*>view.buf, view.len, None)
+            self.feed(given.p, given.n, <bytes>given.owner)
         finally:
-            PyBuffer_Release(&view)
+            release(&given)
 
     cdef int feed(self, const char* p, Py_ssize_t n, bytes owner) except -1:
         """The same. All of the owner, if there is one, is kept without a copy."""

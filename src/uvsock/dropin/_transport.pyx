@@ -14,6 +14,7 @@ from libc.math cimport INFINITY
 from libc.string cimport memcpy
 
 from uvsock._framing cimport AS_BYTES
+from uvsock._given cimport ANY_LAYOUT, Given, acquire, release
 from uvsock._stream cimport (
     CLOSING, ENDING, ESTABLISHED, LEAVING, NOBODY, ONE_PIECE, ReadBuffer, Stream, StreamGroup,
     now, shut_both,
@@ -551,20 +552,18 @@ cdef class Transport(Stream):
         self._write_object(data)
 
     cdef int _write_object(self, object data) except -1:
-        cdef Py_buffer view
+        cdef Given given
         if PyBytes_CheckExact(data):
             return self._write(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), data)
         if not PyObject_CheckBuffer(data):
             raise TypeError(
                 f"data argument must be a bytes-like object, not {type(data).__name__!r}"
             )
-        if isinstance(data, memoryview) and not data.c_contiguous:
-            data = data.tobytes()
-        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        acquire(data, ANY_LAYOUT, "data", &given)
         try:
-            return self._write(<const char*>view.buf, view.len, None)
+            return self._write(given.p, given.n, None)
         finally:
-            PyBuffer_Release(&view)
+            release(&given)
 
     @cython.binding(False)
     def writelines(self, list_of_data):
