@@ -117,6 +117,12 @@ async def test_leftover_with_the_whole_flight_and_data(
     await until(lambda: recorder.received == b"hello\n")
     with pytest.raises(TypeError, match="^leftover: "):
         socket.upgrade_tls(authority.client_options, leftover="text")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="^leftover: must be a C-contiguous buffer"):
+        socket.upgrade_tls(authority.client_options, leftover=memoryview(b"abcd")[::2])
+    released = memoryview(b"x")
+    released.release()
+    with pytest.raises(ValueError, match="released"):
+        socket.upgrade_tls(authority.client_options, leftover=released)
     with pytest.raises(ValueError, match="^tls: "):
         socket.upgrade_tls(None)
     with pytest.raises(TypeError, match="^server_side: "):

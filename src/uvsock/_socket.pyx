@@ -8,8 +8,9 @@ import ssl
 import warnings
 
 cimport cython
-from cpython.buffer cimport PyObject_CheckBuffer
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
+from cpython.bytes cimport (
+    PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE,
+)
 from cpython.object cimport PyObject
 from libc.limits cimport LLONG_MAX
 from libc.math cimport INFINITY
@@ -904,13 +905,17 @@ cdef class Socket(Stream):
             RuntimeError: the socket is not open, encrypted already, or sending a file.
         """
         cdef Group group = <Group>self.group
+        cdef Given given
         self.state.check()
         if server_side is None:
             server_side = group.listener is not None
         else:
             check_flag("server_side", server_side)
-        if not PyObject_CheckBuffer(leftover):
-            raise TypeError(f"leftover: must be a bytes-like object, not {type(leftover).__name__}")
+        acquire(leftover, BUFFERS, "leftover", &given)
+        try:
+            data = PyBytes_FromStringAndSize(given.p, given.n)
+        finally:
+            release(&given)
         table = None if handlers is None else as_handlers(handlers)
         hostname = None
         if server_side:
@@ -931,7 +936,6 @@ cdef class Socket(Stream):
         self.begin_tls(context, server_side, hostname, group.handshake_timeout)
         if table is not None:
             self._own = table
-        data = bytes(leftover)
         if self.frames is not None:
             data += self.frames.take()
             self.frames.change(None)
