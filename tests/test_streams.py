@@ -321,37 +321,6 @@ async def test_a_peer_that_does_not_read_makes_drain_wait(tcp: Streams) -> None:
 
 
 @pytest.mark.asyncio(loop_factories=["uvsock"])
-async def test_a_slow_reader_takes_one_watch_of_its_descriptor(
-    streams: Streams, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While `drain` goes by turns with `write`: a new one takes four system calls."""
-    loop = asyncio.get_running_loop()
-    watched: list[int] = []
-    pauses = 0
-
-    def watch(descriptor: Any, *arguments: Any) -> None:
-        if isinstance(descriptor, int):  # else a socket that is connecting
-            watched.append(descriptor)
-        type(loop).add_writer(loop, descriptor, *arguments)
-
-    async def served(reader: uvsock.StreamReader, writer: uvsock.StreamWriter) -> None:
-        nonlocal pauses
-        protocol: Any = writer.transport.get_protocol()
-        for _ in range(20 * MIB // (64 * KIB)):
-            writer.write(bytes(64 * KIB))
-            pauses += protocol._paused
-            await writer.drain()
-        await closed(writer)
-
-    monkeypatch.setattr(loop, "add_writer", watch)
-    async with streams.serving(served):
-        reader, writer = await streams.connect()
-        assert len(await soon(reader.read(), 20)) == 20 * MIB
-        await closed(writer)
-    assert pauses > 1
-    assert len(watched) == 1
-
-
 async def test_a_reader_that_does_not_read_holds_little(tcp: Streams) -> None:
     size = 32 * MIB
     readers: list[uvsock.StreamReader] = []

@@ -59,6 +59,18 @@ class Buffered(asyncio.BufferedProtocol):
     def answer(self):
         self.transport.write(b"head")
         self.transport.write(b"body")
+class Pouring(Protocol):
+    left = 20 * 2**20
+    paused = False
+    def data_received(self, data):
+        while self.left and not self.paused:
+            self.transport.write(bytes(65536))
+            self.left -= 65536
+    def pause_writing(self):
+        self.paused = True
+    def resume_writing(self):
+        self.paused = False
+        self.data_received(b"")
 class Once(Protocol):
     def answer(self):
         self.transport.write(b"!")
@@ -97,7 +109,7 @@ def server(tmp_path: Path, *arguments: str) -> Iterator[tuple[int, Callable[[], 
     script = tmp_path / "server.py"
     script.write_text(SERVER)
     trace = tmp_path / "trace"
-    calls = ",".join((*RECEIVES, *SENDS, *POLLS))
+    calls = ",".join((*RECEIVES, *SENDS, *POLLS, "epoll_ctl"))
     process = subprocess.Popen(
         ["strace", "-f", "-qq", "-yy", "-e", f"trace={calls}", "-o", str(trace),
          sys.executable, str(script), *arguments],
@@ -122,6 +134,7 @@ def server(tmp_path: Path, *arguments: str) -> Iterator[tuple[int, Callable[[], 
         lines = trace.read_text()
         found = re.findall(r"^\d+ +(\w+)\(\d+<TCP:", lines, re.MULTILINE)
         counts = Counter("receive" if name in RECEIVES else name for name in found)
+        counts["watch"] = len(re.findall(r"^\d+ +epoll_ctl\(.*<TCP:.*->", lines, re.MULTILINE))
         counts["poll"] = len(re.findall(r"^\d+ +epoll_p?wait\(", lines, re.MULTILINE))
         return counts
 
@@ -177,6 +190,20 @@ def test_an_answer_of_a_task_takes_no_iteration_of_its_own(
     assert sends(calls) == 1
     assert calls["receive"] / MESSAGES == pytest.approx(1, abs=0.05)
     assert calls["poll"] / MESSAGES == pytest.approx(1, abs=0.2)
+
+
+def test_a_connection_is_watched_anew_only_when_something_else_matters(tmp_path: Path) -> None:
+    """Not for each message, nor each time that the kernel is full of what a protocol pours."""
+    with server(tmp_path, "Pouring", "protocol") as (port, count):
+        with stdlib.create_connection(("127.0.0.1", port), 10) as sock:
+            sock.sendall(b"x")
+            left = 20 * 2**20
+            while left:
+                left -= len(sock.recv(min(left, 65536)))
+        calls = count()
+    assert sum(calls[name] for name in SENDS) > 20  # so often it was full
+    # By uvloop at first, until that is over, by us, for writing too, and no more for that.
+    assert 3 <= calls["watch"] <= 8
 
 
 def test_what_is_held_and_a_large_write_leave_in_one_sendmsg(tmp_path: Path) -> None:

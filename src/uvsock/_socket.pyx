@@ -16,7 +16,7 @@ from libc.limits cimport LLONG_MAX
 from libc.math cimport INFINITY
 
 from uvsock._awaiting cimport is_awaitable, task_of
-from uvsock._framing cimport AS_MEMORYVIEW, Framer, FrameReader
+from uvsock._framing cimport Framer, FrameReader
 from uvsock._given cimport BUFFERS, TEXT, Given, acquire, release
 from uvsock._handlers cimport (
     CLOSE, DATA, DRAIN, END, ERROR, HANDSHAKE, OPEN, TIMEOUT, Handlers, event_name,
@@ -67,10 +67,6 @@ def live_sockets(loop):
     return {s for group in state.groups if isinstance(group, Group) for s in group.sockets}
 
 
-def _raise_again(error):
-    raise error
-
-
 cdef class Group(StreamGroup):
     """What the sockets of one listener, or one connection, share. Calling it makes a socket."""
 
@@ -91,11 +87,7 @@ cdef class Group(StreamGroup):
     def __call__(self):
         # uvloop stops accepting for good when a protocol factory raises, so nothing of the user's
         # runs here.
-        cdef Socket socket
-        if self.delivery == AS_MEMORYVIEW:
-            socket = _LendingSocket.__new__(_LendingSocket)
-        else:
-            socket = Socket.__new__(Socket)
+        cdef Socket socket = Socket.__new__(Socket)
         socket.group = self
         socket.state = self.state
         socket.data = self.data
@@ -168,9 +160,7 @@ cdef class Socket(Stream):
             self.data = group.context.copy().run(group.data_factory)
         except BaseException as error:
             self._enter(LEAVING)
-            if isinstance(error, ENDING_THE_RUN):
-                self.state.loop.call_soon(_raise_again, error)
-            else:
+            if not self.state.ends_the_run(error):
                 self._report(error, "data_factory")
         return 0
 
@@ -226,6 +216,9 @@ cdef class Socket(Stream):
     cdef int on_end(self) except -1:
         return self._emit(END, None)
 
+    cdef int on_hang_up(self) except -1:
+        return self.lost(errno.EPIPE)
+
     cdef int on_timeout(self) except -1:
         if self._running is not None and (TIMEOUT, None) in self._running.queue:
             return 0  # a slow handler is told once that time has passed, not once per period
@@ -233,8 +226,7 @@ cdef class Socket(Stream):
 
     cdef int on_handshake(self, bint success, object error) except -1:
         cause = getattr(error, "__cause__", None)
-        if isinstance(cause, ENDING_THE_RUN):  # raised by an SNI callback
-            self.state.loop.call_soon(_raise_again, cause)
+        self.state.ends_the_run(cause)  # raised by an SNI callback
         if success:
             self._tell("upgraded", None)
         else:
@@ -244,8 +236,7 @@ cdef class Socket(Stream):
         return self._emit(HANDSHAKE, (success, error))
 
     cdef int on_frame_error(self, object error) except -1:
-        if isinstance(error, ENDING_THE_RUN):  # raised by a framer written in Python
-            self.state.loop.call_soon(_raise_again, error)
+        if self.state.ends_the_run(error):  # raised by a framer written in Python
             return self.begin_close()
         return self._emit(ERROR, (error, None))
 
@@ -382,7 +373,7 @@ cdef class Socket(Stream):
         self._running.task = task
         self._running.event = event
         task.add_done_callback(self._finished, context=self.group.context)
-        return self.update_reading()
+        return self.watch()
 
     cdef int release_borrowed(self, object view) except -1:
         if not self.busy:
@@ -458,9 +449,7 @@ cdef class Socket(Stream):
 
     cdef int _raised(self, int event, object failure) except -1:
         """Hand what a handler raised to whom it concerns. The one place that decides this."""
-        if isinstance(failure, ENDING_THE_RUN):
-            # uvloop swallows these inside a protocol's methods, but not in a callback.
-            self.state.loop.call_soon(_raise_again, failure)
+        if self.state.ends_the_run(failure):
             return 0
         if isinstance(failure, asyncio.CancelledError) and self.phase >= LEAVING:
             return 0  # on purpose: the connection is gone
@@ -823,7 +812,7 @@ cdef class Socket(Stream):
         """Stop reading. ``end`` is held back too; a TLS handshake goes on."""
         self.state.check()
         self.paused = True
-        self.update_reading()
+        self.watch()
 
     def resume(self):
         """Undo ``pause``; what was received meanwhile is delivered in the next iteration."""
@@ -1187,17 +1176,3 @@ cdef object _family(tuple end):
     if end is None:
         return None
     return "IPv4" if len(end) == 2 else "IPv6"
-
-
-cdef class _LendingSocket(Socket):
-    """A socket that lends its handler memory.
-
-    uvloop takes what has a ``get_buffer`` for a buffered protocol. Bytes by ``data_received`` are
-    cheaper, so the other sockets have none.
-    """
-
-    def get_buffer(self, hint):
-        return self.lend_buffer()
-
-    def buffer_updated(self, Py_ssize_t n):
-        self.received_in_buffer(n)

@@ -11,6 +11,7 @@
 cimport cython
 
 from uvsock._framing cimport Delivery, Envelope, FrameReader
+from uvsock._poller cimport Poller, Watched
 from uvsock._sink cimport BufferSink
 from uvsock._tls cimport TLSLayer
 
@@ -20,6 +21,12 @@ cdef extern from "pythread.h":
 
 cdef enum Phase:
     CONNECTING, ESTABLISHED, ENDING, CLOSING, LEAVING, CLOSED
+
+
+cdef enum Reader:
+    # Who reads: uvloop begins when connection_made has returned, reads once, and once more. A
+    # connection that goes on after that is read here.
+    STARTING, UVLOOP, UVLOOP_ONCE_MORE, OURS
 
 
 cdef enum Sending:
@@ -61,12 +68,14 @@ cdef class LoopState:
     cdef object _flush_callback
     cdef BufferSink _spare_sinks  # a chain: the first, which names the next
     cdef int _spare_count
-    cdef ReadBuffer plain_buffer
+    cdef ReadBuffer read_buffer
     cdef ReadBuffer tls_buffer
+    cdef Poller poller
 
     cdef inline int check(self) except -1:
         return 0 if PyThread_get_thread_ident() == self.thread else self._wrong_thread()
 
+    cdef bint ends_the_run(self, object error) except -1
     cpdef int hold(self) except -1
     cpdef int release(self) except -1
     cdef int _wrong_thread(self) except -1
@@ -80,6 +89,7 @@ cdef class LoopState:
     cdef object socket_of(self, int fd, object of_uvloop)
     cdef int keep_transport(self, Py_ssize_t fd, object transport) except -1
     cdef int forget_transport(self, Py_ssize_t fd) except -1
+    cdef ReadBuffer read_memory(self)
     cdef BufferSink take_sink(self)
     cdef void give_sink(self, BufferSink sink)
 
@@ -129,21 +139,21 @@ cdef class Deadlines:
     cdef object timer            # the one TimerHandle, armed for the earliest of these
 
 
-cdef class Stream:
+cdef class Stream(Watched):
     cdef StreamGroup group
     cdef LoopState state
     cdef object transport        # uvloop's; owns the descriptor, knows the addresses after close
-    cdef int fd                  # the transport's, -1 once it may be closed
-    cdef int writer_fd           # our duplicate, watched while the kernel is full; else -1
 
     # An idle connection is mostly this: 16 bytes more take it to the next size of malloc's.
     cdef unsigned char phase              # a Phase
     cdef unsigned char opened             # the open event was given, so a close event is due
     cdef unsigned char tcp                # else a Unix socket
-    cdef unsigned char transport_paused
+    cdef unsigned char reader             # a Reader
     cdef unsigned char paused             # by the user
     cdef unsigned char busy               # an async handler runs
     cdef unsigned char full               # a buffered protocol had no room: that comes first
+    cdef unsigned char spent              # others have their turn first
+    cdef unsigned char hung_up            # the kernel said so, and there is nothing to do about it
     cdef unsigned char read_off           # shutdown(read=True)
     cdef unsigned char tcp_eof            # the peer's FIN was read
     cdef unsigned char peer_ended         # the peer's end was delivered, or needs no delivery
@@ -194,24 +204,34 @@ cdef class Stream:
     cdef int on_frame_error(self, object error) except -1
     cdef int on_drain(self) except -1
     cdef int on_end(self) except -1
+    cdef int on_hang_up(self) except -1   # after the end: nobody is left to write to
     cdef int on_timeout(self) except -1
     cdef int on_handshake(self, bint success, object error) except -1
     cdef int on_tls_error(self, object error) except -1
     cdef int on_closed(self) except -1
 
     # Reading
-    cdef ReadBuffer lend_buffer(self)
-    cdef int received_in_buffer(self, Py_ssize_t n) except -1
+    cdef int receive(self) except -1
+    cdef int nothing_received(self, Py_ssize_t n) except -1
+    cdef int _received_end(self) except -1
+    cdef int lost(self, int code) except -1
+    cdef int _hung_up(self) except -1
     cdef inline bint held_back(self) noexcept
-    cdef int update_reading(self) except -1
+    cdef inline bint choked(self) noexcept
+    cdef int watch(self) except -1
+    cdef int _take_over(self) except -1
+    cdef int _unwatch(self) except -1
     @cython.final
-    cdef int _receive(self, object data) except -1
-    cdef int _receive_last(self, object data) except -1
+    cdef int received(self, const char* p, Py_ssize_t n, object owner) except -1
+    cdef inline int _look_at(self, const char* p, Py_ssize_t n, object owner) except -1
+    cdef int _stash(self, const char* p, Py_ssize_t n) except -1
+    @cython.final
+    cdef int _receive_tls(self, const char* p, Py_ssize_t n) except -1
+    cdef int _receive_last(self, const char* p, Py_ssize_t n) except -1
     cdef int _drop_input(self) except -1
-    @cython.final
-    cdef int _deliver(self, object data) except -1
+    cdef int rest(self) except -1
+    cdef int deliver(self, const char* p, Py_ssize_t n, object owner) except -1
     cdef inline int _give(self, object data) except -1
-    cdef int _deliver_memory(self, ReadBuffer buffer, Py_ssize_t n, int own_exports) except -1
     @cython.final
     cdef int _deliver_frames(self) except -1
     cdef bint unread(self) noexcept
@@ -262,8 +282,8 @@ cdef class Stream:
     cdef inline Py_ssize_t pending(self) noexcept
     cdef int arm_writer(self) except -1
     cdef int retry_later(self) except -1
-    cdef void _disarm_writer(self)
     cdef int wake_writers(self) except -1
+    cdef int _writable(self) except -1
     cdef int on_writable(self) except -1
     @cython.final
     cdef int check_drain(self) except -1
@@ -305,6 +325,7 @@ cdef class Stream:
 
 
 cdef double now() noexcept
+cdef Py_ssize_t receive_into(int fd, void* p, Py_ssize_t n) noexcept
 cdef void shut_both(int fd) noexcept
 cdef bint set_keep_alive(int fd, bint enable, double delay) noexcept
 cdef bint set_no_delay(int fd, bint enable) noexcept

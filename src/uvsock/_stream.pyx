@@ -16,24 +16,22 @@ import uvloop
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytearray cimport PyByteArray_FromStringAndSize
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport (
+    PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE,
+)
 from cpython.memoryview cimport PyMemoryView_FromObject
 from libc.errno cimport EAGAIN, EBADF, EINTR, ENOBUFS, EPIPE, EPROTOTYPE, ETIMEDOUT, errno
 from libc.math cimport INFINITY
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
-from posix.unistd cimport close as close_descriptor
 
 from uvsock._framing cimport (
     AS_BYTEARRAY, AS_BYTES, AS_MEMORYVIEW, Envelope, FrameReader,
 )
+from uvsock._poller cimport Poller, UVS_HANGUP, UVS_READ, UVS_WATCHED, UVS_WRITE
 from uvsock._sink cimport BufferSink
 from uvsock._tls cimport TLSLayer
-
-cdef extern from "fcntl.h":
-    int fcntl(int fd, int command, ...) noexcept
-    int F_DUPFD_CLOEXEC
 
 cdef extern from "sys/uio.h":
     struct iovec:
@@ -49,6 +47,7 @@ cdef extern from "sys/socket.h":
         int l_onoff
         int l_linger
     int SOL_SOCKET, SO_ERROR, SO_LINGER, SO_KEEPALIVE, SHUT_WR, SHUT_RDWR
+    Py_ssize_t recv(int fd, void* data, size_t size, int flags) noexcept
     Py_ssize_t send(int fd, const void* data, size_t size, int flags) noexcept
     Py_ssize_t sendmsg(int fd, const msghdr* message, int flags) noexcept
     int shutdown(int fd, int how) noexcept
@@ -72,9 +71,14 @@ cdef enum:
     UVS_TLS_BATCH = 65536
     # The largest plain text of one TLS record (RFC 8446, 5.1): a read needs room for one.
     UVS_TLS_RECORD = 16384
-    # What one read may bring. uvloop reads as much into its own buffer for `data_received`.
-    UVS_READ_SIZE = 524288
+    # What one read may bring: the most of one connection before the others have their turn.
+    UVS_READ_SIZE = 262144
     UVS_TLS_READ_SIZE = 131072
+    # Ciphertext that waits for the kernel: above what the program's own writes make of it OpenSSL
+    # has answered for a peer that takes no answer, and is given no more to answer.
+    UVS_TLS_UNSENT = 131072
+    # Frames between two looks at the clock, at most.
+    UVS_FRAMES_PER_LOOK = 64
     # Empty sinks kept per loop; more would hold memory after a burst.
     UVS_SPARE_SINKS = 64
     # So many reads in an iteration are a few, and so many answers a habit. With eight reads answers
@@ -90,6 +94,8 @@ cdef double UVS_BROKEN_GRACE = 1.0
 # after doubling each time. Without the delay it would be tried for ever by a whole processor.
 cdef double UVS_RETRY_FIRST = 0.001
 cdef double UVS_RETRY_LAST = 1.0
+# Seconds that one connection may keep the others waiting.
+cdef double UVS_TURN = 0.001
 # Seconds. uvloop's timers count whole milliseconds and may fire that much early.
 cdef double UVS_TIMER_SLACK = 0.001
 
@@ -99,6 +105,7 @@ cdef bint END_MAY_BE_RESET = uvloop.__version__.startswith("0.22.")
 # asyncio's, by its documented name: who looks at debug mode looks there.
 cdef object logger = logging.getLogger("asyncio")
 cdef object SSLError = ssl.SSLError
+cdef tuple ENDING_THE_RUN = (KeyboardInterrupt, SystemExit)
 cdef object TCPTransport = uvloop.loop.TCPTransport
 cdef object PseudoSocket = uvloop.loop.PseudoSocket
 # As a function: a third of the steps of the method.
@@ -161,6 +168,12 @@ cdef double now() noexcept:
     return t.tv_sec + t.tv_nsec * 1e-9
 
 
+cdef Py_ssize_t receive_into(int fd, void* p, Py_ssize_t n) noexcept:
+    """Read without waiting: how much, 0 for the end, or the negative errno."""
+    n = recv(fd, p, n, MSG_DONTWAIT)
+    return n if n >= 0 else -errno
+
+
 cdef void shut_both(int fd) noexcept:
     """End both directions of a connection, whatever other descriptors it has."""
     shutdown(fd, SHUT_RDWR)
@@ -199,8 +212,7 @@ cdef class LoopState:
         self.sockets = {}
         self._flush_callback = self._flush_dirty
         self._answers_callback = self._flush_answers
-        self.plain_buffer = None
-        self.tls_buffer = None
+        self.poller = Poller(loop)
 
     cdef int _wrong_thread(self) except -1:
         try:
@@ -228,6 +240,16 @@ cdef class LoopState:
                 _describe(callback), repr(caller), taken,
             )
         return 0
+
+    cdef bint ends_the_run(self, object error) except -1:
+        """Whether it does; then it is raised where it leaves the loop.
+
+        uvloop swallows these inside a protocol's methods, but not in a callback.
+        """
+        if not isinstance(error, ENDING_THE_RUN):
+            return False
+        self.loop.call_soon(_raise_again, error)
+        return True
 
     cpdef int hold(self) except -1:
         """One more thing keeps ``run`` going: a referenced listener, socket or pending connect."""
@@ -352,6 +374,11 @@ cdef class LoopState:
             self.transports[fd] = None
         return 0
 
+    cdef ReadBuffer read_memory(self):
+        if self.read_buffer is None:
+            self.read_buffer = ReadBuffer(UVS_READ_SIZE)
+        return self.read_buffer
+
     cdef BufferSink take_sink(self):
         cdef BufferSink sink = self._spare_sinks
         if sink is None:
@@ -367,6 +394,10 @@ cdef class LoopState:
             sink.next_spare = self._spare_sinks
             self._spare_sinks = sink
             self._spare_count += 1
+
+
+def _raise_again(error):
+    raise error
 
 
 cdef object _describe(object callback):
@@ -423,6 +454,13 @@ def state_of(loop):
         # A loop that runs again in another thread.
         state.thread = threading.get_ident()
     return state
+
+
+def close_state(loop):
+    """Close what the state of a closed loop has open. Without it that goes with the loop."""
+    cdef LoopState state = getattr(loop, "_uvsock_state", None)
+    if state is not None:
+        state.poller.close()
 
 
 class TransportTable(weakref.WeakValueDictionary):
@@ -566,13 +604,9 @@ cdef class Stream:
 
     def __cinit__(self):
         self.fd = -1
-        self.writer_fd = -1
         self.place = -1
         self.phase = CONNECTING
-
-    def __dealloc__(self):
-        if self.writer_fd >= 0:
-            close_descriptor(self.writer_fd)
+        self.reader = STARTING
 
     # ── What uvloop calls ──────────────────────────────────────────────────────────────────────
 
@@ -613,63 +647,36 @@ cdef class Stream:
             self.arm_timer()
         finally:
             self.leave_turn()
-        if self.held_back() and self.phase < LEAVING:
+        self.reader = UVLOOP
+        if (self.held_back() or self.blocked) and self.phase < LEAVING:
             # uvloop starts reading when this returns, whatever was asked for before.
-            self.transport_paused = False
-            self.state.loop.call_soon(self._sync_reading)
+            self.state.loop.call_soon(self._watch)
 
     @cython.binding(False)
     def data_received(self, data):
         cdef Py_ssize_t before = self.state.held_outside
         self.turn += 1
         try:
-            self._receive(data)
-        finally:
-            self._leave_reading(before)
-
-    cdef ReadBuffer lend_buffer(self):
-        """The memory that the next read goes to."""
-        if self.state.plain_buffer is None:
-            self.state.plain_buffer = ReadBuffer(UVS_READ_SIZE)
-        self.state.plain_buffer.start = 0
-        self.state.plain_buffer.visible = UVS_READ_SIZE
-        return self.state.plain_buffer
-
-    cdef int received_in_buffer(self, Py_ssize_t n) except -1:
-        """That read has brought ``n`` bytes."""
-        cdef ReadBuffer buffer = self.state.plain_buffer
-        cdef Py_ssize_t before = self.state.held_outside
-        self.turn += 1
-        try:
-            if (
-                self.tls is None and self.stash is None and not self.held_back()
-                and self.phase <= ENDING and not self.read_off
-            ):
-                self.bytes_read += n
-                if self.group.idle_timeout > 0:
-                    self.deadlines().active = now()
-                self._deliver_memory(buffer, n, 1)  # uvloop holds one export until this returns
+            if self.reader == UVLOOP:
+                # Many connections bring no more than this, and need not be entered in the poller.
+                self.reader = UVLOOP_ONCE_MORE
             else:
-                self._receive(PyBytes_FromStringAndSize(buffer.memory, n))
+                self._take_over()
+                self.watch()
+            self.received(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), data)
         finally:
             self._leave_reading(before)
-        return 0
 
     @cython.binding(False)
     def eof_received(self):
-        cdef int code = get_error(self.fd) if END_MAY_BE_RESET and not self.broken else 0
-        if code:
-            self.error = OSError(code, os.strerror(code))
-        self.tcp_eof = True
+        cdef int code = get_error(self.fd) if END_MAY_BE_RESET else 0
+        self.reader = OURS  # uvloop reads no more when this returns
         self.turn += 1
         try:
-            if self.broken or code:
-                self._give_up()
-            elif self.phase == CLOSING:
-                self.peer_ended = True
-                self._finish()
+            if code:
+                self.lost(code)
             else:
-                self._check_end()
+                self._received_end()
         finally:
             self.leave_turn()
         return True  # the transport stays: it is closed when both sides have ended
@@ -683,11 +690,13 @@ cdef class Stream:
         self.turn += 1
         try:
             self._end_pause()
+            while self.spent and self.phase <= ENDING:
+                self.pump()
             if self.tls is not None and self.tls.handshaking and self.phase < LEAVING:
                 self.begin_abort(exc if exc is not None else self.error, False)
         finally:
             self.turn -= 1
-            self._disarm_writer()
+            self._unwatch()
             self._drop_output()
             self.state.forget_transport(self.fd)
             if self.state.sockets:
@@ -733,6 +742,9 @@ cdef class Stream:
     cdef int on_end(self) except -1:
         return 0
 
+    cdef int on_hang_up(self) except -1:
+        return 0
+
     cdef int on_timeout(self) except -1:
         return 0
 
@@ -747,64 +759,209 @@ cdef class Stream:
 
     # ── Reading ────────────────────────────────────────────────────────────────────────────────
 
-    cdef inline bint held_back(self) noexcept:
-        return self.paused or self.busy or self.full
+    cdef int on_ready(self, int what) except -1:
+        cdef Py_ssize_t before
+        self.state.poller.enter(self.group.context)
+        if what & UVS_WRITE:
+            if self.blocked:
+                self._writable()
+            else:
+                self.watch()  # it was left on, since one episode often follows another
+        if self.watching & UVS_READ:
+            if what & (UVS_READ | UVS_HANGUP):
+                before = self.state.held_outside
+                self.turn += 1
+                try:
+                    self.receive()
+                finally:
+                    self._leave_reading(before)
+        elif what & UVS_HANGUP and self.watching:
+            self.turn += 1
+            try:
+                self._hung_up()
+            finally:
+                self.leave_turn()
+        return 0
 
-    cdef int update_reading(self) except -1:
-        """Let the transport read exactly when its bytes would be looked at."""
-        cdef bint want
-        if self.transport is None or self.tcp_eof or self.phase >= LEAVING:
+    cdef int on_ready_raised(self, object error) except -1:
+        if self.state.ends_the_run(error):
             return 0
-        want = (
+        self.state.loop.call_exception_handler({
+            "message": "uvsock: reading or writing failed", "exception": error, "protocol": self,
+        })
+        return self.begin_abort(error, False)
+
+    cdef int receive(self) except -1:
+        """Read what there is, up to a limit, and deliver it."""
+        cdef ReadBuffer buffer = self.state.read_memory()
+        cdef Py_ssize_t n
+        n = receive_into(
+            self.fd, buffer.memory, UVS_READ_SIZE if self.tls is None else UVS_TLS_READ_SIZE
+        )
+        if n > 0:
+            return self.received(buffer.memory, n, buffer)
+        return self.nothing_received(n)
+
+    cdef int nothing_received(self, Py_ssize_t n) except -1:
+        """A read has brought the end (0), or failed (the negative errno)."""
+        if n == 0:
+            return self._received_end()
+        return 0 if n == -EAGAIN or n == -EINTR else self.lost(-n)
+
+    cdef int _received_end(self) except -1:
+        """The peer's FIN."""
+        self.tcp_eof = True
+        if self.broken:
+            return self._give_up()
+        if self.phase == CLOSING:
+            self.peer_ended = True
+            return self._finish()
+        return self._check_end()
+
+    cdef int lost(self, int code) except -1:
+        """The connection has failed. What it brought before that is still delivered."""
+        if self.error is None:
+            self.error = OSError(code, os.strerror(code))
+        self.broken = self.tcp_eof = True
+        return self._give_up()
+
+    cdef int _hung_up(self) except -1:
+        """A hang-up of a connection that is not read just now."""
+        cdef int code = 0
+        cdef socklen_t size = sizeof(code)
+        cdef ReadBuffer buffer
+        cdef Py_ssize_t n = 0
+        getsockopt(self.fd, SOL_SOCKET, SO_ERROR, &code, &size)
+        if code:
+            # The kernel has what came before it, and nobody will ask for that any more.
+            buffer = ReadBuffer(UVS_TLS_READ_SIZE)
+            while not self.tcp_eof and self.phase <= ENDING:
+                n = receive_into(self.fd, buffer.memory, UVS_TLS_READ_SIZE)
+                if n <= 0:
+                    break
+                self._stash(buffer.memory, n)
+            return self.lost(code)
+        if self.end_given and self.phase <= ENDING:
+            self.on_hang_up()
+        # Told once: what there is to read, or to write, tells the rest.
+        self.hung_up = True
+        return self.watch()
+
+    cdef inline bint held_back(self) noexcept:
+        return self.paused or self.busy or self.full or self.spent
+
+    cdef inline bint choked(self) noexcept:
+        """Whether what OpenSSL answers would only pile up."""
+        return self.blocked and self.wire is not None and self.wire.held() > UVS_TLS_UNSENT
+
+    cdef int watch(self) except -1:
+        """Have the descriptor watched for exactly what would be looked at, and for its hang-up."""
+        cdef int what = 0 if self.hung_up else UVS_WATCHED
+        if self.transport is None or self.phase >= LEAVING or self.reader == STARTING:
+            return 0
+        if not self.tcp_eof and (
             self.phase == CLOSING
             or self.broken  # only the read side tells when that connection is over
             or (self.tls is not None and self.tls.handshaking)
             or (not self.held_back() and self.stash is None)
-        )
-        if want and self.transport_paused:
-            self.transport_paused = False
-            self.transport.resume_reading()
-        elif not want and not self.transport_paused:
-            self.transport_paused = True
+        ) and not (self.tls is not None and self.choked()):
+            what = UVS_WATCHED | UVS_READ
+        if self.blocked and not (self._deadlines is not None and self._deadlines.retry):
+            what |= UVS_WATCHED | UVS_WRITE
+        if self.reader != OURS:
+            if what == UVS_WATCHED | UVS_READ:
+                return 0  # uvloop does that
+            self._take_over()
+        if what == self.watching:
+            return 0
+        try:
+            return self.state.poller.watch(self, what)
+        except OSError as error:
+            return self.begin_abort(error, False)
+
+    cdef int _take_over(self) except -1:
+        if self.reader != OURS:
+            self.reader = OURS
             self.transport.pause_reading()
         return 0
 
-    def _sync_reading(self):
-        self.update_reading()
+    cdef int _unwatch(self) except -1:
+        return 0 if self.watching == 0 else self.state.poller.watch(self, 0)
 
-    cdef int _receive(self, object data) except -1:
-        cdef bint handshaking, stalled
+    def _watch(self):
+        self.watch()
+
+    cdef int received(self, const char* p, Py_ssize_t n, object owner) except -1:
+        """These have come; ``owner`` is the bytes object that they are, or the ReadBuffer."""
         if self.phase >= CLOSING:
-            return self._receive_last(data) if self.phase == CLOSING and self.tls is not None else 0
+            if self.phase == CLOSING and self.tls is not None:
+                return self._receive_last(p, n)
+            return 0
         if self.group.idle_timeout > 0:
             self.deadlines().active = now()
-        handshaking = self.tls is not None and self.tls.handshaking
-        if self.stash is not None or (self.held_back() and not handshaking):
-            if self.stash is None:
-                self.stash = []
-            self.stash.append(data)
-            return self.update_reading()
-        if self.tls is None:
-            return self._deliver(data)
-        stalled = self.tls.stalled
-        self.tls.feed(data)
-        if handshaking:
-            return self._continue_handshake()
-        self._read_tls()
-        if stalled and self.phase < LEAVING:
-            self.flush_now()
-            return self.check_drain()
+        if self.stash is not None or (
+            self.held_back() and not (self.tls is not None and self.tls.handshaking)
+        ):
+            self._stash(p, n)
+            return self.watch()
+        return self._look_at(p, n, owner)
+
+    cdef inline int _look_at(self, const char* p, Py_ssize_t n, object owner) except -1:
+        if self.tls is not None:
+            return self._receive_tls(p, n)
+        self.bytes_read += n
+        return self.deliver(p, n, owner)
+
+    cdef int _stash(self, const char* p, Py_ssize_t n) except -1:
+        if self.stash is None:
+            self.stash = []
+        self.stash.append(PyBytes_FromStringAndSize(p, n))
         return 0
 
-    cdef int _receive_last(self, object data) except -1:
-        """What comes after close() is dropped, but it may hold the peer's close_notify."""
-        if self.tls.handshaking:
-            if self.pending():  # accepted bytes still wait for the handshake
-                self.tls.feed(data)
+    cdef int _receive_tls(self, const char* p, Py_ssize_t n) except -1:
+        """Have OpenSSL read these, a few records at a time, and deliver what it makes of them."""
+        cdef Py_ssize_t taken
+        cdef double until = 0
+        cdef bint stalled
+        while True:
+            stalled = self.tls.stalled
+            taken = self.tls.feed(p, n)
+            p += taken
+            n -= taken
+            if self.tls.handshaking:
                 self._continue_handshake()
+            else:
+                self._read_tls()
+            if stalled and self.phase < LEAVING:
+                self.flush_now()
+                self.check_drain()
+            if n == 0:
+                return self._check_end()
+            if self.phase >= CLOSING:
+                return self._receive_last(p, n) if self.phase == CLOSING else 0
+            if until == 0:
+                until = now() + UVS_TURN
+            elif now() > until:
+                self.rest()
+            if self.held_back() or self.choked():
+                self._stash(p, n)
+                return self.watch()
+
+    cdef int _receive_last(self, const char* p, Py_ssize_t n) except -1:
+        """What comes after close() is dropped, but it may hold the peer's close_notify."""
+        cdef Py_ssize_t taken
+        if self.tls.handshaking and not self.pending():
             return 0
-        self.tls.feed(data)
-        self._drop_input()
+        while n > 0 and self.phase == CLOSING:
+            taken = self.tls.feed(p, n)
+            p += taken
+            n -= taken
+            if self.tls.handshaking:
+                self._continue_handshake()  # accepted bytes still wait for it
+            else:
+                self._drop_input()
+        if self.tls.handshaking:
+            return 0
         return self._finish()
 
     cdef int _drop_input(self) except -1:
@@ -819,20 +976,49 @@ cdef class Stream:
             self.peer_ended = True
         return 0
 
-    cdef int _deliver(self, object data) except -1:
-        self.bytes_read += len(data)
+    cdef int rest(self) except -1:
+        """The others have their turn; then it goes on here."""
+        self.spent = True
+        return self.schedule_pump()
+
+    cdef int deliver(self, const char* p, Py_ssize_t n, object owner) except -1:
+        """Give these to the subclass, as frames or as they are."""
+        cdef ReadBuffer buffer
         if self.read_off:
             return 0
+        if PyBytes_CheckExact(owner):
+            if self.frames is not None:
+                self.frames.feed(owner, p, n)
+                return self._deliver_frames()
+            if self.group.delivery == AS_BYTES:
+                return self._give(owner)
+            if self.group.delivery == AS_BYTEARRAY:
+                return self._give(bytearray(owner))
+            view = memoryview(bytearray(owner))
+            self._give(view)
+            return self.release_borrowed(view)
+        if self.frames is None and self.group.delivery == AS_BYTES:
+            return self._give(PyBytes_FromStringAndSize(p, n))
+        if self.frames is None and self.group.delivery == AS_BYTEARRAY:
+            return self._give(PyByteArray_FromStringAndSize(p, n))
+        buffer = <ReadBuffer>owner
+        buffer.start = 0
+        buffer.visible = n
         if self.frames is not None:
-            self.frames.feed(data, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
-            return self._deliver_frames()
-        if self.group.delivery == AS_BYTES:
-            return self._give(data)
-        if self.group.delivery == AS_BYTEARRAY:
-            return self._give(bytearray(data))
-        view = memoryview(bytearray(data))
-        self._give(view)
-        return self.release_borrowed(view)
+            self.frames.feed(buffer, p, n)
+            self._deliver_frames()
+        else:
+            view = PyMemoryView_FromObject(buffer)
+            self._give(view)
+            self.release_borrowed(view)
+            view = None
+        if buffer.exports > 0:
+            # A slice was kept, or an async handler still reads: that memory is theirs now.
+            if self.state.read_buffer is buffer:
+                self.state.read_buffer = None
+            if self.state.tls_buffer is buffer:
+                self.state.tls_buffer = None
+        return 0
 
     cdef inline int _give(self, object data) except -1:
         """Deliver what is no frame."""
@@ -841,35 +1027,12 @@ cdef class Stream:
         except BaseException as error:
             return self.on_data_raised(error)
 
-    cdef int _deliver_memory(self, ReadBuffer buffer, Py_ssize_t n, int own_exports) except -1:
-        if self.read_off:
-            return 0
-        buffer.start = 0
-        buffer.visible = n
-        if self.frames is not None:
-            self.frames.feed(buffer, buffer.memory, n)
-            self._deliver_frames()
-        elif self.group.delivery == AS_BYTES:
-            return self._give(PyBytes_FromStringAndSize(buffer.memory, n))
-        elif self.group.delivery == AS_BYTEARRAY:
-            return self._give(PyByteArray_FromStringAndSize(buffer.memory, n))
-        else:
-            view = PyMemoryView_FromObject(buffer)
-            self._give(view)
-            self.release_borrowed(view)
-            view = None
-        if buffer.exports > own_exports:
-            # A slice was kept, or an async handler still reads: that memory is theirs now.
-            if self.state.plain_buffer is buffer:
-                self.state.plain_buffer = None
-            if self.state.tls_buffer is buffer:
-                self.state.tls_buffer = None
-        return 0
-
     cdef int _deliver_frames(self) except -1:
         """Deliver the frames that are whole, until something holds the stream back."""
         cdef FrameReader frames = self.frames
         cdef bint borrow = self.group.delivery == AS_MEMORYVIEW
+        cdef int left = 1, step = 1  # frames until the clock is looked at, and then until it is again
+        cdef double until = 0
         frame = None
         while True:
             try:
@@ -877,6 +1040,14 @@ cdef class Stream:
                     frame = frames.next(self.group.delivery)
                     if frame is None:
                         break
+                    left -= 1
+                    if left < 0:
+                        if until == 0:
+                            until = now() + UVS_TURN
+                        elif now() > until:
+                            self.rest()  # behind this one
+                        step = min(2 * step, UVS_FRAMES_PER_LOOK)
+                        left = step
                     self.on_data(frame)
                     if borrow:
                         self.release_borrowed(frame)
@@ -935,14 +1106,14 @@ cdef class Stream:
                 total += n
             if total:
                 self.bytes_read += total
-                self._deliver_memory(buffer, total, 0)
+                self.deliver(buffer.memory, total, buffer)
             if n <= 0:
                 break
         if broken is not None:
             return self._tls_failed(broken)
         if self.phase <= ENDING and not self.fin_sent:
             self._send_outgoing()  # what reading made OpenSSL say: key updates, alerts
-        return self._check_end()
+        return 0
 
     cdef int _continue_handshake(self) except -1:
         cdef bint done
@@ -973,7 +1144,7 @@ cdef class Stream:
         self.flush_now()
         self.check_drain()
         self.arm_timer()
-        self.update_reading()
+        self.watch()
         if self.phase <= ENDING and not self.held_back():
             return self._read_tls()
         return 0
@@ -1007,6 +1178,7 @@ cdef class Stream:
         self.peer_ended = True
         if self.phase == ESTABLISHED and not self.group.allow_half_open:
             self.begin_end()
+        self.hung_up = False  # asked again: it means more than it did before
         return self._finish()
 
     cdef int schedule_pump(self) except -1:
@@ -1026,7 +1198,8 @@ cdef class Stream:
 
     cdef int pump(self) except -1:
         """Go on with what was received while the stream was held back."""
-        cdef list waiting
+        cdef bytes data
+        self.spent = self.hung_up = False
         if self.frames is not None and self.frames.more:
             self._deliver_frames()
         if self.tls is not None and self.phase < LEAVING:
@@ -1037,16 +1210,19 @@ cdef class Stream:
         while self.stash is not None and self.phase < LEAVING:
             if self.held_back() and not (self.tls is not None and self.tls.handshaking):
                 break
-            waiting = self.stash
-            self.stash = None
-            data = waiting.pop(0)
-            self._receive(data)
-            if waiting:
-                # What the handler stashed can only be leftover of an upgrade: it came first.
-                self.stash = waiting if self.stash is None else self.stash + waiting
-        if self.phase < LEAVING:
+            if self.choked():
+                break
+            data = self.stash.pop(0)
+            if not self.stash:
+                self.stash = None
+            if self.phase == CLOSING:
+                continue
+            self._look_at(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), data)
+        if self.phase < LEAVING and not self.spent:
+            if self.broken and self.tcp_eof:
+                return self._give_up()
             self._check_end()
-        return self.update_reading()
+        return self.watch()
 
     # ── Writing ────────────────────────────────────────────────────────────────────────────────
 
@@ -1398,6 +1574,8 @@ cdef class Stream:
             or (self.phase >= ENDING and not self.fin_sent)
         ):
             self.flush_now()
+        if self.tcp_eof and self.turn == 0:
+            return self.watch()  # not before, since most connections are over by now
         return 0
 
     cdef int _leave_reading(self, Py_ssize_t before) except -1:
@@ -1418,41 +1596,22 @@ cdef class Stream:
     cdef int arm_writer(self) except -1:
         """Call `_writable` when the kernel takes bytes again."""
         self.blocked = True
-        if self.writer_fd >= 0:
-            return 0
-        # uvloop lets nobody watch a descriptor that a transport owns, so a duplicate is watched.
-        self.writer_fd = fcntl(self.fd, F_DUPFD_CLOEXEC, 0)
-        if self.writer_fd < 0:
-            return self.retry_later()  # no descriptor is left
-        self.state.loop.add_writer(self.writer_fd, self._on_writable)
-        return 0
+        return self.watch()
 
     cdef int retry_later(self) except -1:
         """Call `_writable` after a while, where the kernel does not tell when it takes bytes."""
         cdef Deadlines due = self.deadlines()
         self.blocked = True
-        self._disarm_writer()  # it may be writable all the time
         if not due.retry:
             due.backoff = min(max(UVS_RETRY_FIRST, 2 * due.backoff), UVS_RETRY_LAST)
             due.retry = now() + due.backoff
+        self.watch()  # not for writing: it may be writable all the time
         return self.arm_timer()
 
-    cdef void _disarm_writer(self):
-        if self.writer_fd >= 0:
-            # In this order: libuv must not be left watching a closed descriptor. And before the
-            # transport closes its own: a reset or FIN leaves with the last duplicate.
-            if not self.state.loop.is_closed():
-                self.state.loop.remove_writer(self.writer_fd)
-            close_descriptor(self.writer_fd)
-            self.writer_fd = -1
-
-    def _on_writable(self):
-        # add_writer takes no context.
-        self.group.context.run(self._writable)
-
-    def _writable(self):
+    cdef int _writable(self) except -1:
+        cdef bint choked = self.choked()
         if not self.blocked or self.phase >= LEAVING:
-            return
+            return 0
         self.blocked = False
         self.turn += 1
         try:
@@ -1460,16 +1619,11 @@ cdef class Stream:
             self.on_writable()
         finally:
             self.leave_turn()
-        if not self.blocked:
-            if self._deadlines is not None:
-                self._deadlines.backoff = 0
-            # After the tasks that wait for this: they write on, often as much as the kernel takes,
-            # and to watch it anew takes four system calls.
-            self.state.loop.call_soon(self._rest_writer)
-
-    def _rest_writer(self):
-        if not self.blocked:
-            self._disarm_writer()
+        if not self.blocked and self._deadlines is not None:
+            self._deadlines.backoff = 0
+        if choked and self.phase < LEAVING:
+            self.schedule_pump()
+        return 0
 
     cdef int on_writable(self) except -1:
         """Some or all of what was held has left."""
@@ -1539,11 +1693,12 @@ cdef class Stream:
         self._enter(CLOSING)
         if self.tls is not None:
             for data in self.stash or ():
-                self.tls.feed(data)  # dropped, but not the handshake, nor what comes behind it
+                # Dropped, but not the handshake, nor what comes behind it.
+                self.tls.feed_all(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
         self.stash = None
         self.peer_ended = self.tcp_eof or (self.tls is not None and self.tls.peer_closed)
         self.limit_linger()
-        self.update_reading()
+        self.watch()
         self.wake_writers()  # of a send_all: nothing more is accepted
         if self.tls is not None and self.tls.handshaking and self.pending():
             self._continue_handshake()
@@ -1580,7 +1735,7 @@ cdef class Stream:
     cdef int _leave(self) except -1:
         """The transport is about to be closed: connection_lost follows in the next iteration."""
         self._enter(LEAVING)
-        self._disarm_writer()
+        self._unwatch()
         self._drop_output()
         self.stash = None
         return self.wake_writers()
@@ -1617,7 +1772,7 @@ cdef class Stream:
         if timeout != INFINITY:
             self.deadlines().handshake = now() + timeout
             self.arm_timer()
-        return self.update_reading()
+        return self.watch()
 
     cdef int _send_fin(self) except -1:
         """Everything accepted has left: say that nothing follows."""
@@ -1682,13 +1837,12 @@ cdef class Stream:
         if self.error is None:
             self.error = OSError(code, os.strerror(code))
         self._drop_output()
-        self._disarm_writer()
         self.wake_writers()
         if self.phase >= CLOSING or (self.tcp_eof and not self.held_back()):
             return self.begin_abort(self.error, False)
         self.deadlines().broken = now() + (0 if self.tcp_eof else UVS_BROKEN_GRACE)
         self.arm_timer()
-        return self.update_reading()
+        return self.watch()
 
     cdef int _end_pause(self) except -1:
         """The connection is gone: what it brought before that is still the handler's."""
@@ -1698,8 +1852,10 @@ cdef class Stream:
         return 0
 
     cdef int _give_up(self) except -1:
-        """Close a connection whose send failed."""
+        """Close a connection that has failed."""
         self._end_pause()
+        if self.spent and self.tcp_eof and self.phase <= ENDING:
+            return 0  # when the handler has had all
         return self.begin_abort(self.error, False)
 
     cdef int _tls_failed(self, object error) except -1:
@@ -1837,6 +1993,7 @@ cdef class Stream:
             if due.retry and due.retry <= t:
                 due.retry = 0
                 self._writable()
+                self.watch()
             if self.opened and self.phase <= ENDING:
                 if due.timeout and due.timeout <= t:
                     due.timeout = 0

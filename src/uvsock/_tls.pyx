@@ -38,6 +38,8 @@ cdef enum:
     HEADER = 5
     # The largest body of a record, of TLS 1.2 (RFC 5246, 6.2.3).
     LONGEST = 16384 + 2048
+    # Records that OpenSSL is given at a time.
+    FEW = 16
 
 
 cdef object _name_of_peer(object name):
@@ -80,21 +82,36 @@ cdef class TLSLayer:
         self.handshaking = False
         return True
 
-    cdef int feed(self, bytes ciphertext) except -1:
-        self.stalled = False
-        bio_write(self._incoming, ciphertext)
-        return self._count(
-            <const unsigned char*>PyBytes_AS_STRING(ciphertext), PyBytes_GET_SIZE(ciphertext)
-        )
+    cdef Py_ssize_t feed(self, const char* p, Py_ssize_t n) except -1:
+        """Take ciphertext: how much of it. The rest is for when this has been read.
 
-    cdef int _count(self, const unsigned char* p, Py_ssize_t n) except -1:
-        """Count the records that are complete (RFC 8446, 5.1).
+        OpenSSL may answer a record without giving anything to read, so that one read goes through
+        all that there are: of key updates, which are short, a second's worth.
+        """
+        if self.peer_closed or self.broken:
+            return n  # thrown away: nobody will look at it
+        self.stalled = False
+        n = self._count(<const unsigned char*>p, n)
+        bio_write(self._incoming, PyMemoryView_FromMemory(<char*>p, n, PyBUF_READ))
+        return n
+
+    cdef int feed_all(self, const char* p, Py_ssize_t n) except -1:
+        cdef Py_ssize_t taken = 0
+        while taken < n:
+            taken += self.feed(p + taken, n - taken)
+        return 0
+
+    cdef Py_ssize_t _count(self, const unsigned char* p, Py_ssize_t n) except -1:
+        """Count the records that are complete (RFC 8446, 5.1), and stop after a few.
 
         Reading more than there is costs an SSLWantReadError, a Python exception per message, and to
         ask OpenSSL first is not much cheaper.
         """
+        cdef const unsigned char* end = p + n
+        cdef const unsigned char* begin = p
         cdef Py_ssize_t step
-        while n > 0 and not self._garbled:
+        cdef int found = 0
+        while p < end and not self._garbled and found < FEW:
             if self._header < HEADER:
                 # For what is no record OpenSSL is asked at once: more may never come.
                 if self._header == 0:
@@ -107,14 +124,14 @@ cdef class TLSLayer:
                 self._header += 1
                 step = 1
             else:
-                step = min(n, self._missing)
+                step = min(end - p, self._missing)
                 self._missing -= step
             if self._header == HEADER and self._missing == 0:
-                self._records += 1
+                found += 1
                 self._header = 0
             p += step
-            n -= step
-        return 0
+        self._records += found
+        return n if self._garbled else p - begin
 
     cdef Py_ssize_t read(self, char* p, object view, Py_ssize_t size) except -2:
         cdef Py_ssize_t n
@@ -140,6 +157,7 @@ cdef class TLSLayer:
             n = 0
         except SSLError:
             self._output = True  # the alert
+            self.broken = True
             raise
         if n == 0:
             self.peer_closed = True

@@ -28,19 +28,15 @@ cdef class Transport(Stream):
     cdef object context                 # its own copy of the group's; None until there is a call
     cdef object get_buffer              # of a BufferedProtocol, else None
     cdef object buffer_updated
-    cdef bytes rest                     # received, and not taken by a BufferedProtocol that paused
+    cdef const char* filling            # received: the part that `_fill` has still to copy
+    cdef Py_ssize_t left
+    cdef bytes unfilled                 # received, and not taken by a BufferedProtocol that paused
     cdef CompiledProtocol compiled      # the protocol, if it is one
     cdef object opening                 # Future: connection_made has returned, or why not
     cdef Py_ssize_t high                # pause_writing above this many bytes held
     cdef Py_ssize_t low                 # resume_writing at this many or fewer
     cdef double handshake_timeout       # seconds
     cdef double shutdown_timeout        # seconds that a TLS peer has to end its side too
-    # buffer_updated() of the protocol whose own buffer the running read goes to, else None.
-    cdef object lender
-    cdef unsigned char lending          # get_buffer() runs, within uvloop's read
-    cdef unsigned char failed           # it could not be had: the read goes to nobody
-    cdef unsigned char much             # a read has brought much at once
-    cdef unsigned char faced            # uvloop reads into a buffer, by a BufferedFace
     cdef unsigned char writing_paused
     cdef unsigned char pausing          # pause_writing() of the protocol runs
     cdef unsigned char eof_written      # write_eof() was called
@@ -60,10 +56,8 @@ cdef class Transport(Stream):
     cdef int _leave_context(self, object context) except -1
     @cython.final
     cdef object _call(self, object method, object argument)
-    cdef int _face(self) except -1
-    cdef object _lend(self)
-    cdef int _settle_later(self) except -1
     cdef int _fill(self, const char* data, Py_ssize_t size) except -1
+    cdef bytes _take_left(self)
     cdef int _pause_writing(self) except -1
     cdef int _resume_writing(self) except -1
     cdef int _resume_if_low(self) except -1

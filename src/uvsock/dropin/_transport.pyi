@@ -2,7 +2,7 @@ import asyncio
 import contextvars
 import ssl
 from collections.abc import Callable, Iterable
-from typing import Any, Never, final
+from typing import Any, Never
 
 from typing_extensions import Buffer, disjoint_base
 
@@ -12,10 +12,6 @@ __pyx_capi__: dict[str, object]
 
 @disjoint_base
 class CompiledProtocol(asyncio.BaseProtocol): ...
-
-@final
-class BufferedFace(asyncio.BufferedProtocol):
-    def __new__(cls, transport: Transport) -> BufferedFace: ...
 
 @disjoint_base
 class TransportGroup(StreamGroup):

@@ -15,9 +15,10 @@ from libc.string cimport memcpy
 
 from uvsock._framing cimport AS_BYTES
 from uvsock._given cimport ANY_LAYOUT, Given, acquire, release
+from uvsock._poller cimport UVS_READ
 from uvsock._stream cimport (
-    CLOSING, ENDING, ESTABLISHED, LEAVING, NOBODY, ONE_PIECE, ReadBuffer, Stream, StreamGroup,
-    now, shut_both,
+    CLOSING, ENDING, ESTABLISHED, LEAVING, NOBODY, ONE_PIECE, Stream, StreamGroup, now,
+    receive_into, shut_both,
 )
 
 cdef extern from "Python.h":
@@ -40,9 +41,6 @@ cdef enum:
     UVS_HIGH_WATER = 65536
     # Bytes that are held, within one callback, before the first of them is sent.
     UVS_CORK_LIMIT = 65536
-    # A read of so many bytes costs less where uvloop reads into a buffer of ours: there is one copy
-    # less. For small reads the calls that this takes cost more than the copy.
-    UVS_MUCH = 65536
 
 # Seconds: asyncio's.
 cdef double UVS_TLS_HANDSHAKE = 60.0
@@ -57,10 +55,6 @@ cdef object NOTHING = object()
 # Here, not where it is used: programs replace asyncio's classes by compiled ones.
 cdef object StreamReaderProtocol = asyncio.StreamReaderProtocol
 cdef tuple ENDING_THE_RUN = (KeyboardInterrupt, SystemExit)
-
-
-def _raise_again(error):
-    raise error
 
 
 def _positive(name, value, default):
@@ -95,35 +89,6 @@ cdef class CompiledProtocol:
 
     cdef bytes take_unread(self):
         return b""
-
-
-cdef class BufferedFace:
-    """What uvloop sees of a transport that says where a read is to go."""
-
-    cdef Transport transport
-
-    def __cinit__(self, Transport transport):
-        self.transport = transport
-
-    @cython.binding(False)
-    def get_buffer(self, sizehint):
-        return self.transport._lend()
-
-    @cython.binding(False)
-    def buffer_updated(self, Py_ssize_t nbytes):
-        self.transport._filled(nbytes)
-
-    def eof_received(self):
-        return self.transport.eof_received()
-
-    def connection_lost(self, exc):
-        self.transport.connection_lost(exc)
-
-    def pause_writing(self):
-        self.transport.pause_writing()
-
-    def resume_writing(self):
-        self.transport.resume_writing()
 
 
 cdef class TransportGroup(StreamGroup):
@@ -269,9 +234,7 @@ cdef class Transport(Stream):
             self._use(self._call(group.protocol_factory, NOTHING))
         except BaseException as error:
             self._enter(LEAVING)
-            if isinstance(error, ENDING_THE_RUN):
-                self.state.loop.call_soon(_raise_again, error)
-            else:
+            if not self.state.ends_the_run(error):
                 self.state.loop.call_exception_handler({
                     "message": "Error on transport creation for incoming connection",
                     "exception": error,
@@ -284,8 +247,8 @@ cdef class Transport(Stream):
         try:
             self._call(self.protocol.connection_made, self)
         except BaseException as error:
-            if isinstance(error, ENDING_THE_RUN):
-                self.state.loop.call_soon(_raise_again, error)
+            if self.state.ends_the_run(error):
+                pass
             elif self.tls is not None:
                 # As asyncio: with TLS the connection ends, without it goes on.
                 if self.opening is None:
@@ -296,8 +259,6 @@ cdef class Transport(Stream):
                 self._report("protocol.connection_made() failed", error)
         if self.compiled is not None:
             self.context = None  # an idle stream can do without
-        if self.phase < LEAVING:
-            self._face()
         return self._opened(None)
 
     cdef int _opened(self, object error) except -1:
@@ -347,18 +308,6 @@ cdef class Transport(Stream):
             self.get_buffer = self.buffer_updated = None
         return 0
 
-    cdef int _face(self) except -1:
-        """Have uvloop read into a buffer where that saves a copy."""
-        if self.lending:
-            return self._settle_later()
-        if self.get_buffer is not None or (self.compiled is not None and self.much):
-            self.transport.set_protocol(BufferedFace(self))
-            self.faced = True
-        elif self.faced:
-            self.transport.set_protocol(self)
-            self.faced = False
-        return 0
-
     def get_protocol(self):
         """The protocol that events go to."""
         return self.protocol
@@ -367,95 +316,48 @@ cdef class Transport(Stream):
         """Have another protocol get the events from here on."""
         self.state.check()
         self._use(protocol)
-        if self.transport is not None and self.phase < LEAVING:
-            self._face()
-            self.update_reading()
 
-    cdef object _lend(self):
-        self.lender = None
-        if (
-            self.get_buffer is None or self.tls is not None or self.stash is not None
-            or self.held_back() or self.phase > ENDING or self.failed
-        ):
-            return self.lend_buffer()
-        lender = self.buffer_updated
-        self.lending = True
+    cdef int receive(self) except -1:
+        cdef Py_buffer view
+        cdef Py_ssize_t n
+        if self.get_buffer is None or self.tls is not None or self.phase > ENDING:
+            return Stream.receive(self)
+        updated = self.buffer_updated  # get_buffer() may set another protocol
         try:
             lent = self._call(self.get_buffer, -1)
-            if not _writable_size(lent):
-                raise RuntimeError("get_buffer() returned an empty buffer")
+            PyObject_GetBuffer(lent, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
         except BaseException as error:
-            self.failed = True
-            self.state.loop.call_soon(self._no_buffer, error, context=self.group.context)
-            return self.lend_buffer()
-        finally:
-            self.lending = False
-        self.lender = lender
-        return lent
-
-    cdef int _settle_later(self) except -1:
-        # libuv crashes if its handle stops reading while it asks where to read to.
-        self.state.loop.call_soon(self._settle, context=self.group.context)
+            return self._failed("get_buffer", error)
+        if view.len == 0:
+            PyBuffer_Release(&view)
+            return self._failed(
+                "get_buffer", RuntimeError("get_buffer() returned an empty buffer"))
+        if not self.watching & UVS_READ:
+            PyBuffer_Release(&view)
+            return 0  # it has paused or closed the connection
+        n = receive_into(self.fd, view.buf, view.len)
+        PyBuffer_Release(&view)
+        if n <= 0:
+            return self.nothing_received(n)
+        self.bytes_read += n
+        try:
+            self._call(updated, n)
+        except BaseException as error:
+            return self._failed("buffer_updated", error)
         return 0
 
-    def _settle(self):
-        if self.phase >= LEAVING:
-            self.drop_transport()
-        else:
-            self._face()
-            self.update_reading()
-
-    cdef int update_reading(self) except -1:
-        return self._settle_later() if self.lending else Stream.update_reading(self)
-
-    cdef int drop_transport(self) except -1:
-        return self._settle_later() if self.lending else Stream.drop_transport(self)
-
-    def _no_buffer(self, error):
-        self._failed("get_buffer", error)
-
-    @cython.binding(False)
-    def _filled(self, Py_ssize_t n):
-        lender = self.lender
-        if lender is None:
-            if not self.failed:
-                self.received_in_buffer(n)
-            return
-        self.lender = None
-        if self.phase > ENDING:
-            return  # get_buffer() has closed the connection
-        self.bytes_read += n
-        self.turn += 1
-        try:
-            self._call(lender, n)
-        except BaseException as error:
-            self._failed("buffer_updated", error)
-        finally:
-            self.state.count_read()
-            self.leave_turn()
-
-    cdef int _deliver_memory(self, ReadBuffer buffer, Py_ssize_t n, int own_exports) except -1:
+    cdef int deliver(self, const char* p, Py_ssize_t n, object owner) except -1:
         if self.compiled is not None:
             try:
-                self.compiled.bytes_received(buffer.memory, n, None)
+                self.compiled.bytes_received(p, n, owner if PyBytes_CheckExact(owner) else None)
             except BaseException as error:
                 self._failed("data_received", error)
             return 0
         if self.get_buffer is not None:
-            return self._fill(buffer.memory, n)
-        return Stream._deliver_memory(self, buffer, n, own_exports)
+            return self._fill(p, n)
+        return Stream.deliver(self, p, n, owner)
 
     cdef int on_data(self, object data) except -1:
-        if self.compiled is not None:
-            self.compiled.bytes_received(
-                PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), <bytes>data
-            )
-            if PyBytes_GET_SIZE(data) >= UVS_MUCH and not self.much and self.phase < LEAVING:
-                self.much = True
-                self._face()
-            return 0
-        if self.get_buffer is not None:
-            return self._fill(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
         if self.state.debug:
             self._call(self.protocol.data_received, data)
             return 0
@@ -473,41 +375,49 @@ cdef class Transport(Stream):
         """Copy to the protocol's buffers, as many as that takes."""
         cdef Py_buffer view
         cdef Py_ssize_t n
-        while size > 0 and self.phase <= ENDING:
+        self.filling = data
+        self.left = size  # start_tls() takes it
+        while self.left > 0 and self.phase <= ENDING:
             if self.get_buffer is None:
                 # buffer_updated() has set another protocol.
-                return self._give(data[:size])
+                rest = self._take_left()
+                return self.deliver(PyBytes_AS_STRING(rest), PyBytes_GET_SIZE(rest), rest)
             if self.paused:
-                self.rest = data[:size]  # ... or has paused
+                self.unfilled = self._take_left()  # ... or has paused
                 self.full = True
                 return 0
             updated = self.buffer_updated  # get_buffer() may set another protocol
             try:
-                lent = self._call(self.get_buffer, size)
+                lent = self._call(self.get_buffer, self.left)
                 if not _writable_size(lent):
                     raise RuntimeError("get_buffer() returned an empty buffer")
-                if self.phase > ENDING:
-                    return 0  # get_buffer() has closed the connection
+                if self.phase > ENDING or self.left == 0:
+                    return 0  # get_buffer() has closed the connection, or begun TLS
                 PyObject_GetBuffer(lent, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
             except BaseException as error:
                 return self._failed("get_buffer", error)
-            n = min(size, view.len)
-            memcpy(view.buf, data, n)
+            n = min(self.left, view.len)
+            memcpy(view.buf, self.filling, n)
             PyBuffer_Release(&view)
-            data += n
-            size -= n
+            self.filling += n
+            self.left -= n
             try:
                 self._call(updated, n)
             except BaseException as error:
                 return self._failed("buffer_updated", error)
         return 0
 
+    cdef bytes _take_left(self):
+        rest = self.filling[:self.left]
+        self.left = 0
+        return rest
+
     cdef int pump(self) except -1:
-        rest = self.rest
+        rest = self.unfilled
         if rest is not None and not self.paused and not self.busy:
-            self.rest = None
+            self.unfilled = None
             self.full = False
-            self._give(rest)
+            self.deliver(PyBytes_AS_STRING(rest), PyBytes_GET_SIZE(rest), rest)
         return Stream.pump(self)
 
     cdef int on_end(self) except -1:
@@ -525,7 +435,7 @@ cdef class Transport(Stream):
         self.state.check()
         if not self.paused and self.phase < CLOSING:
             self.paused = True
-            self.update_reading()
+            self.watch()
 
     def resume_reading(self):
         """Undo ``pause_reading``; what has arrived meanwhile comes in the next iteration."""
@@ -709,9 +619,7 @@ cdef class Transport(Stream):
         try:
             self._call(self.protocol.resume_writing, NOTHING)
         except BaseException as error:
-            if isinstance(error, ENDING_THE_RUN):
-                self.state.loop.call_soon(_raise_again, error)
-            else:
+            if not self.state.ends_the_run(error):
                 self._report("protocol.resume_writing() failed", error)
         finally:
             self.leave_turn()
@@ -836,9 +744,7 @@ cdef class Transport(Stream):
         try:
             self._call(self.protocol.connection_lost, self.error)
         except BaseException as error:
-            if isinstance(error, ENDING_THE_RUN):
-                self.state.loop.call_soon(_raise_again, error)
-            else:
+            if not self.state.ends_the_run(error):
                 self._report("protocol.connection_lost() failed", error)
         return self.end_closed()
 
@@ -850,7 +756,7 @@ cdef class Transport(Stream):
         # Nothing of the program's is kept alive by a transport that somebody forgot to drop.
         self.protocol = self.get_buffer = self.buffer_updated = None
         self.error = None  # its traceback may lead back to here
-        self.compiled = self.lender = self.context = None
+        self.compiled = self.context = None
         return 0
 
     # ── Errors ─────────────────────────────────────────────────────────────────────────────────
@@ -866,8 +772,7 @@ cdef class Transport(Stream):
 
     cdef int _failed(self, str method, object error) except -1:
         """A callback that the connection cannot do without has raised."""
-        if isinstance(error, ENDING_THE_RUN):
-            self.state.loop.call_soon(_raise_again, error)
+        if self.state.ends_the_run(error):
             return 0
         self._report(f"Fatal error: protocol.{method}() call failed.", error)
         return self.begin_abort(error, False)
@@ -926,15 +831,16 @@ cdef class Transport(Stream):
         unread = _unread(self.protocol)
         if protocol is not self.protocol:
             unread += _unread(protocol)
-        if self.rest is not None:
-            unread += self.rest
-            self.rest = None
+        if self.left:
+            unread += self._take_left()
+        if self.unfilled is not None:
+            unread += self.unfilled
+            self.unfilled = None
             self.full = False
         self.opening = self.state.loop.create_future()
         self.paused = False
         self.busy = True
         self._use(protocol)
-        self._face()
         if unread:
             self.stash = [unread] if self.stash is None else [unread, *self.stash]
         self.schedule_pump()

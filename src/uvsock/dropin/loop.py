@@ -21,7 +21,7 @@ import uvloop
 from uvsock._addresses import AddressInfo, interleave, resolve
 from uvsock._bind import SocketFile, bound, socket_file
 from uvsock._dial import Dialler, connected, dial
-from uvsock._stream import state_of
+from uvsock._stream import close_state, state_of
 from uvsock._uvloop import attach
 from uvsock.dropin._transport import Transport, TransportGroup
 from uvsock.dropin.bridge import bridge
@@ -49,6 +49,11 @@ class Loop(SendFile):
         """Turn debug mode on or off: from here on, for connections that are open as well."""
         super().set_debug(enabled)
         state_of(self)
+
+    def close(self) -> None:
+        """Close the loop, and the descriptor that watches its connections."""
+        super().close()
+        close_state(self)
 
     # ── Connecting ─────────────────────────────────────────────────────────────────────────────
 

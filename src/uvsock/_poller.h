@@ -1,0 +1,91 @@
+/* Which descriptors are ready: epoll(7), or kqueue(2) where there is none, behind four functions. */
+#ifndef UVSOCK_POLLER_H
+#define UVSOCK_POLLER_H
+
+/* What a descriptor is watched for, and what it is ready for. HANGUP is always watched for. */
+enum { UVS_WATCHED = 1, UVS_READ = 2, UVS_WRITE = 4, UVS_HANGUP = 8 };
+
+/* The most that one call takes. */
+enum { UVS_BATCH = 256 };
+
+typedef struct {
+    void *who;
+    int what;
+} uvs_ready;
+
+#if defined(__linux__) && !defined(UVSOCK_KQUEUE)
+
+#include <sys/epoll.h>
+
+static inline int uvs_poller_open(void) { return epoll_create1(EPOLL_CLOEXEC); }
+
+/* Watch for other things than before; 0 is for nothing, not even the descriptor's hang-up. */
+static inline int uvs_poller_set(int poller, int fd, int before, int what, void *who) {
+    struct epoll_event event;
+    int op = !before ? EPOLL_CTL_ADD : what ? EPOLL_CTL_MOD : EPOLL_CTL_DEL;
+    event.events = (what & UVS_READ ? EPOLLIN : 0) | (what & UVS_WRITE ? EPOLLOUT : 0);
+    event.data.ptr = who;
+    return epoll_ctl(poller, op, fd, &event);
+}
+
+/* Take what is ready, without waiting: how many. */
+static inline int uvs_poller_take(int poller, uvs_ready *ready) {
+    struct epoll_event events[UVS_BATCH];
+    int i, n = epoll_wait(poller, events, UVS_BATCH, 0);
+    for (i = 0; i < n; i++) {
+        uint32_t found = events[i].events;
+        ready[i].who = events[i].data.ptr;
+        ready[i].what = (found & EPOLLIN ? UVS_READ : 0) | (found & EPOLLOUT ? UVS_WRITE : 0) |
+                        (found & (EPOLLERR | EPOLLHUP) ? UVS_HANGUP : 0);
+    }
+    return n < 0 ? 0 : n;
+}
+
+#else
+
+#include <fcntl.h>
+#include <limits.h>
+#include <string.h>
+#include <sys/event.h>
+#include <sys/types.h>
+
+static inline int uvs_poller_open(void) {
+    int poller = kqueue();
+    if (poller >= 0)
+        fcntl(poller, F_SETFD, FD_CLOEXEC);
+    return poller;
+}
+
+static inline int uvs_poller_set(int poller, int fd, int before, int what, void *who) {
+    struct kevent changes[2];
+    int n = 0;
+    /* A hang-up is heard by a filter for reading that no amount of data satisfies. */
+    if ((before & UVS_READ) != (what & UVS_READ) || !before != !what) {
+        if (!what)
+            EV_SET(&changes[n++], fd, EVFILT_READ, EV_DELETE, 0, 0, who);
+        else if (what & UVS_READ)
+            EV_SET(&changes[n++], fd, EVFILT_READ, EV_ADD, NOTE_LOWAT, 1, who);
+        else
+            EV_SET(&changes[n++], fd, EVFILT_READ, EV_ADD | EV_CLEAR, NOTE_LOWAT, INT_MAX, who);
+    }
+    if ((before & UVS_WRITE) != (what & UVS_WRITE))
+        EV_SET(&changes[n++], fd, EVFILT_WRITE, what & UVS_WRITE ? EV_ADD : EV_DELETE, 0, 0, who);
+    return n == 0 ? 0 : kevent(poller, changes, n, NULL, 0, NULL);
+}
+
+static inline int uvs_poller_take(int poller, uvs_ready *ready) {
+    struct kevent events[UVS_BATCH];
+    struct timespec at_once;
+    int i, n;
+    memset(&at_once, 0, sizeof(at_once));
+    n = kevent(poller, NULL, 0, events, UVS_BATCH, &at_once);
+    for (i = 0; i < n; i++) {
+        ready[i].who = events[i].udata;
+        ready[i].what = (events[i].filter == EVFILT_WRITE ? UVS_WRITE : UVS_READ) |
+                        (events[i].flags & EV_EOF ? UVS_HANGUP : 0);
+    }
+    return n < 0 ? 0 : n;
+}
+
+#endif
+#endif
