@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import ctypes.util
+import random
 import socket as stdlib
 import ssl
 import struct
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 import uvsock
-from conftest import SERVER_NAME, Authority, Wire, soon, until
+from conftest import SERVER_NAME, Authority, Wire, run_python, soon, until
 
 MEMORY = """
 def resident():
@@ -416,3 +417,118 @@ async def test_an_orderly_hang_up_waits_for_who_is_paused(unix_wire: Wire) -> No
     await until(lambda: log == [b"job", None])
     listener.stop()
     await soon(listener.wait_closed())
+
+
+# ── Closing on asyncio's face ──────────────────────────────────────────────────────────────────
+
+
+async def test_a_closed_transport_delivers_to_a_peer_that_keeps_talking() -> None:
+    """The kernel answers what comes in after the close by a reset, which takes the rest with it."""
+    size = 300_000
+    told: dict[int, Any] = {}
+
+    class Server(asyncio.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            self.transport = transport
+            self.port = transport.get_extra_info("peername")[1]
+
+        def data_received(self, data: bytes) -> None:
+            if not self.transport.is_closing():
+                self.transport.write(b"z" * size)
+                self.transport.close()
+
+        def connection_lost(self, error: Exception | None) -> None:
+            told[self.port] = error
+
+    lost: dict[int, int] = {}
+
+    def talk(address: Any, seed: int) -> None:
+        chance = random.Random(seed)
+        for _ in range(6):
+            with stdlib.socket() as sock:
+                sock.setsockopt(stdlib.SOL_SOCKET, stdlib.SO_RCVBUF, 8192)
+                sock.connect(address)
+                port = sock.getsockname()[1]
+                sock.sendall(b"go")
+                got = pieces = 0
+                try:
+                    while piece := sock.recv(chance.choice([100, 4000, 65536])):
+                        got += len(piece)
+                        pieces += 1
+                        if pieces % 3 == 0:
+                            sock.sendall(b"chat" * chance.choice([1, 1000]))
+                        if pieces % 8 == 0:
+                            time.sleep(0.002)
+                except OSError:
+                    pass  # counted by what is missing
+                lost[port] = size - got
+
+    def serve() -> None:
+        async def main() -> None:
+            loop = asyncio.get_running_loop()
+            server = await loop.create_server(Server, "127.0.0.1", 0)
+            address = server.sockets[0].getsockname()
+            await asyncio.gather(*(asyncio.to_thread(talk, address, seed) for seed in range(8)))
+            await until(lambda: len(told) == 48)
+            server.close()
+            await server.wait_closed()
+
+        with asyncio.Runner(loop_factory=uvsock.new_event_loop) as runner:
+            runner.run(main())
+
+    await soon(asyncio.to_thread(serve), 30)
+    assert lost == dict.fromkeys(told, 0)
+    assert set(told.values()) == {None}
+
+
+def test_closed_connections_do_not_keep_their_descriptors() -> None:
+    """A peer that takes nothing, one that is gone, and one that has ended its side."""
+    said = run_python(
+        "-c",
+        """
+import asyncio, os, socket, struct, uvsock
+
+class Server(asyncio.Protocol):
+    def connection_made(self, transport):
+        self.transport = transport
+    def data_received(self, data):
+        self.transport.write(bytes(200_000))
+        self.transport.close()
+
+def descriptors():
+    return {n: os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")
+            if os.path.exists(f"/proc/self/fd/{n}")}
+
+async def main():
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(Server, "127.0.0.1", 0)
+    peers = []
+    before = len(descriptors())
+    for _ in range(3):
+        peer = socket.socket()
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        peer.setblocking(False)
+        try:
+            peer.connect(server.sockets[0].getsockname())
+        except BlockingIOError:
+            pass
+        await loop.sock_sendall(peer, b"x")
+        peers.append(peer)
+    while len(descriptors()) != before + 6:  # theirs, and ours that wait for them
+        await asyncio.sleep(0.01)
+    peers[0].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    for peer in peers[:2]:
+        peer.close()
+    while await loop.sock_recv(peers[2], 65536):
+        pass
+    while len(descriptors()) != before + 1:
+        await asyncio.sleep(0.01)
+    peers[2].close()
+    server.close()
+    print("gone")
+
+asyncio.Runner(loop_factory=uvsock.new_event_loop).run(main())
+""",
+        warnings="ignore",
+    )
+    assert said == "gone\n"

@@ -2,7 +2,11 @@
 #ifndef UVSOCK_COMPAT_H
 #define UVSOCK_COMPAT_H
 
+#include <sys/ioctl.h>
 #include <sys/socket.h>
+#ifdef __linux__
+#include <linux/sockios.h>
+#endif
 
 /* macOS has no MSG_NOSIGNAL; libuv sets SO_NOSIGPIPE on every stream socket it opens there. */
 #ifndef MSG_NOSIGNAL
@@ -20,5 +24,19 @@
 #ifndef SO_PEERNAME
 #define SO_PEERNAME -1
 #endif
+
+/* Bytes that were sent and the peer has not acknowledged (tcp(7); on macOS SO_NWRITE), or -1. */
+static inline int uvs_unsent(int fd) {
+    int n = -1;
+#ifdef SIOCOUTQ
+    if (ioctl(fd, SIOCOUTQ, &n) < 0)
+        return -1;
+#elif defined(SO_NWRITE)
+    socklen_t size = sizeof(n);
+    if (getsockopt(fd, SOL_SOCKET, SO_NWRITE, &n, &size) < 0)
+        return -1;
+#endif
+    return n;
+}
 
 #endif

@@ -21,6 +21,8 @@ from uvsock._stream cimport (
     receive_into, shut_both,
 )
 
+from uvsock.dropin._lingering cimport keep_until_delivered
+
 cdef extern from "Python.h":
     int PyContext_Enter(object context) except -1
     int PyContext_Exit(object context) except -1
@@ -700,6 +702,8 @@ cdef class Transport(Stream):
         # asyncio's close() does not wait for the peer, other than for its close_notify, so the
         # descriptor's close says it all.
         if self.tls is None:
+            if self.tcp and not self.tcp_eof:
+                keep_until_delivered(self.state, self.fd)
             self.peer_ended = True
         return 0
 
