@@ -43,6 +43,13 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> A
     return getattr(item.module, "LOOPS", {"uvloop": uvloop.new_event_loop})  # type: ignore[attr-defined]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Nobody can run such a test again by its id, and pytest-xdist runs nothing at all: each of its
+    # processes collects other ids.
+    if addresses := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"ids of tests hold addresses of objects: {addresses}")
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     # Every test collects garbage; without this each time all that pytest itself has made.
     gc.collect()

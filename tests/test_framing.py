@@ -38,6 +38,9 @@ MIB = 1 << 20
 class Tagged(Framer):
     """Frames of a tag, a length of two bytes and that many bytes: a framer in Python."""
 
+    def __repr__(self) -> str:
+        return f"Tagged(max_length={self.max_length})"
+
     def find(self, data: memoryview, searched: int = 0) -> tuple[int, int, int] | int | None:
         if len(data) < 3:
             return 3
@@ -52,6 +55,9 @@ class Tagged(Framer):
 
 class Quoted(Framer):
     """Frames in quotes, found by a search: a framer in Python that says nothing of its needs."""
+
+    def __repr__(self) -> str:
+        return f"Quoted(max_length={self.max_length})"
 
     def find(self, data: memoryview, searched: int = 0) -> tuple[int, int, int] | int | None:
         for position in range(max(searched, 1), len(data)):
