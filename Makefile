@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# More words for pytest: make test ARGS="-k tls -x"
+# More words for pytest: make test ARGS="-k tls -x", or ARGS="-n 0 --pdb" in one process
 ARGS ?=
 
 # The flavours of setup.py. Each has its own environment, so none overwrites another's modules.
@@ -20,6 +20,10 @@ run_sanitize = env PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0:allocator_may
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)"
 # Only the release build is imported from src: its Python files can be edited without a build.
 install = $(if $(filter release,$(FLAVOUR)),--editable,--force-reinstall) .
+
+# A process for each processor. Whoever is done first takes tests of another: files differ too much
+# in how long they take to be shared out whole.
+beside = --numprocesses auto --dist worksteal
 
 BIN = $(VENV)/bin
 sources := $(shell find src -name '*.py' -o -name '*.py[ix]' -o -name '*.pxd' -o -name '*.h')
@@ -63,7 +67,7 @@ demo: build
 
 test: build
 	@echo "Testing the $(FLAVOUR) build with $$($(BIN)/python --version)"
-	@UVSOCK_TEST_BUILD=$(FLAVOUR) $(run_$(FLAVOUR)) $(BIN)/python -m pytest -q $(ARGS)
+	@UVSOCK_TEST_BUILD=$(FLAVOUR) $(run_$(FLAVOUR)) $(BIN)/python -m pytest -q $(beside) $(ARGS)
 
 others: build
 	@$(BIN)/python -m tests.others $(ARGS)

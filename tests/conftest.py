@@ -218,7 +218,7 @@ def run_python(
     of ``subprocess.run``.
     """
     command = [*under, sys.executable, "-W", warnings, *arguments]
-    options = {"timeout": 20} | options
+    options = {"timeout": 50} | options
     result = subprocess.run(command, capture_output=True, text=True, **options)
     assert without_slowness(result.stderr) == ""
     assert result.returncode == 0

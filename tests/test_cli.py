@@ -453,7 +453,9 @@ def test_connect_reports_a_tls_stream_that_was_cut(
     programs: Programs, authority: Authority, certificate: dict[str, Path]
 ) -> None:
     def serve(connection: socket.socket) -> None:
-        connection.sendall(b"half of it")  # and FIN without close_notify
+        connection.sendall(b"half of it")
+        connection.shutdown(socket.SHUT_WR)  # FIN without close_notify
+        receive_all(connection)  # what is not read makes a reset of a close
 
     with peer(serve, authority.server_context()) as port:
         status, output, errors = programs.run(

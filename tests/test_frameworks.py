@@ -39,15 +39,15 @@ OURS = b"uvsock.dropin.loop.Loop"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(uvsock.__file__).parent.parent)}
 
 
-def answer(port: int) -> bytes:
+def answer(server: subprocess.Popen[bytes], port: int) -> bytes:
     """What the server says, once it listens."""
-    for _ in range(100):
+    while server.poll() is None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
         try:
             connection.request("GET", "/")
             return connection.getresponse().read()
         except ConnectionRefusedError:
-            time.sleep(0.1)
+            time.sleep(0.01)
         finally:
             connection.close()
     raise AssertionError(f"nobody listens at port {port}")
@@ -74,7 +74,7 @@ def test_a_server_of_asgi_runs_on_this_loop(command: str, first: str, tmp_path: 
         stderr=subprocess.STDOUT,
     ) as server:
         try:
-            assert answer(port) == OURS
+            assert answer(server, port) == OURS
         finally:
             server.send_signal(signal.SIGTERM)
             output, _ = server.communicate(timeout=20)

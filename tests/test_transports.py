@@ -1965,7 +1965,7 @@ async def test_what_a_connection_sets_in_its_context_is_its_own(net: Net, kind: 
             server.transport.write(bytes(100_000))
             sent += 100_000
     await until(lambda: all(">fmdpr" in paths[server] for server in servers))
-    # What a client has not read would be answered by a reset.
+    # A client that closes with something unread resets its connection.
     await until(lambda: sum(len(client.received) for client in clients) == sent)
     for client in clients:
         client.transport.close()
