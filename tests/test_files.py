@@ -6,6 +6,7 @@ import asyncio
 import bz2
 import contextlib
 import errno
+import functools
 import gzip
 import io
 import lzma
@@ -142,9 +143,10 @@ def zipped(path: Path) -> Any:
 
 
 def packed(module: Any) -> Callable[[Path], Any]:
+    content = functools.cache(lambda: module.compress(CONTENT))  # takes a while
+
     def pack(path: Path) -> Any:
-        with module.open(path.parent / "packed", "wb") as file:
-            file.write(CONTENT)
+        (path.parent / "packed").write_bytes(content())
         return module.open(path.parent / "packed", "rb")
 
     return pack

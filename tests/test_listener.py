@@ -1111,15 +1111,16 @@ async def test_a_relative_path_is_removed_from_elsewhere(
 
 
 async def test_shutdown_does_not_wait_for_a_handler_that_hangs(wire: Wire) -> None:
-    hanging = asyncio.Event()
+    called, hanging = asyncio.Event(), asyncio.Event()
 
     async def data(socket: uvsock.Socket[Any], data: bytes) -> None:
+        called.set()
         await hanging.wait()
 
     listener = await wire.listen({"data": data})
     client = await wire.connect(listener, {"data": lambda *_: None})
     client.write(b"x")
-    await asyncio.sleep(0.02)
+    await soon(called.wait())
     await soon(listener.shutdown(0.05))
     hanging.set()
     await soon(listener.wait_closed())

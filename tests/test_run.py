@@ -648,7 +648,7 @@ uvsock.run(main())
         assert process.stdout is not None
         assert process.stdout.readline() == "cleaning up\n"
         process.send_signal(number)
-        process.communicate(timeout=2)
+        process.communicate(timeout=10)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -712,11 +712,17 @@ def test_signals_are_not_touched_in_a_thread_of_its_own() -> None:
 
 def test_a_handler_of_the_programs_own_is_left_alone() -> None:
     text = """
-signal.signal(signal.SIGTERM, lambda *_: say("mine"))
+came = []
+def mine(*arguments):
+    say("mine")
+    came.append(arguments)
+signal.signal(signal.SIGTERM, mine)
 before = signal.getsignal(signal.SIGINT)
 async def main():
     say("running")
-    await asyncio.sleep(0.5)
+    while not came:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.02)
     return "to the end"
 say(uvsock.run(main()))
 assert signal.getsignal(signal.SIGINT) is before

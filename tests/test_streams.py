@@ -382,8 +382,10 @@ async def test_start_tls_on_a_writer(tcp: Streams, authority: Authority) -> None
 
 async def test_a_reset_ends_the_read_and_the_drain(tcp: Streams) -> None:
     raised: list[BaseException] = []
+    reading = asyncio.Event()
 
     async def served(reader: uvsock.StreamReader, writer: uvsock.StreamWriter) -> None:
+        reading.set()
         try:
             await reader.readline()
         except ConnectionError as error:
@@ -397,7 +399,7 @@ async def test_a_reset_ends_the_read_and_the_drain(tcp: Streams) -> None:
 
     async with tcp.serving(served):
         with socket.create_connection(tcp.where, 5) as peer:
-            await asyncio.sleep(0.05)
+            await soon(reading.wait())
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         await until(lambda: len(raised) == 4)
     assert {type(error) for error in raised} == {ConnectionResetError}

@@ -9,10 +9,9 @@ import signal
 import socket as stdlib
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ SENDS = ("write", "sendto", "sendmsg", "writev")
 POLLS = ("?epoll_wait", "epoll_pwait")  # some systems have the second one only
 
 SERVER = """
-import asyncio, os, signal, sys, time, uvsock
+import asyncio, os, signal, socket as stdlib, sys, uvsock
 
 def write(socket, data): socket.write(data)
 def five(socket, data):
@@ -36,8 +35,10 @@ def everyone(socket, data):
     for other in listener.sockets:
         other.write(data)
 def everyone_at_once(socket, data):
-    if data == b"wait":
-        time.sleep(0.06)  # what comes meanwhile is read in one iteration
+    if data.startswith(b"wait for "):
+        # What comes meanwhile is read in one iteration.
+        with stdlib.create_connection(("127.0.0.1", int(data[9:])), 10) as held:
+            held.recv(1)
     else:
         everyone(socket, data)
 def gathered(socket, data):
@@ -232,6 +233,20 @@ def test_five_writes_over_tls_are_one_send(tmp_path: Path, authority: Authority)
     assert calls["receive"] / MESSAGES == pytest.approx(1, abs=0.05)
 
 
+def introduce(sockets: list[stdlib.socket]) -> None:
+    """Have a server that sends all to everyone know them, and read what it has sent by then."""
+
+    def read_to(last: bytes, sock: stdlib.socket) -> None:
+        while not sock.recv(1000).endswith(last):
+            pass
+
+    for number, sock in enumerate(sockets):
+        sock.sendall(b"%d" % number)
+        read_to(b"%d" % number, sock)
+    for sock in sockets[:-1]:
+        read_to(b"%d" % number, sock)
+
+
 def test_fan_out_is_one_send_per_socket_and_iteration(tmp_path: Path) -> None:
     """Several messages that arrive together go to everyone in one send each."""
     clients, at_once = 5, 8
@@ -239,17 +254,7 @@ def test_fan_out_is_one_send_per_socket_and_iteration(tmp_path: Path) -> None:
     with server(tmp_path, "everyone", "cork") as (port, count):
         sockets = [stdlib.create_connection(("127.0.0.1", port), 10) for _ in range(clients)]
         try:
-            for number, sock in enumerate(sockets):  # until the server knows them all
-                sock.sendall(b"x")
-                for other in sockets[: number + 1]:
-                    other.recv(1)
-            for sock in sockets:
-                sock.settimeout(0.2)
-                try:
-                    while sock.recv(1000):
-                        pass
-                except TimeoutError:
-                    sock.settimeout(10)
+            introduce(sockets)
             for _ in range(rounds):
                 sockets[0].sendall(b"m" * at_once)
                 for sock in sockets:
@@ -269,30 +274,25 @@ def test_sockets_that_all_write_to_each_other_are_sent_once_per_iteration(tmp_pa
     """Also to itself: the own socket does not leave before the others when it is one of them."""
     clients, rounds = 10, 30
     with server(tmp_path, "everyone_at_once", "cork") as (port, count):
+        gate = stdlib.create_server(("127.0.0.1", 0))
+        gate.settimeout(10)
         sockets = [stdlib.create_connection(("127.0.0.1", port), 10) for _ in range(clients)]
         try:
-            for sock in sockets:  # until the server knows them all
-                sock.sendall(b"x")
-            for sock in sockets:
-                assert sock.recv(1) == b"x"
-            sockets[0].sendall(b"wait")
-            for sock in sockets:
-                sock.settimeout(0.3)
-                with suppress(TimeoutError):
-                    while sock.recv(1000):
-                        pass
-                sock.settimeout(10)
+            # Or the kernel would keep the "m" behind "wait for" to itself.
+            sockets[0].setsockopt(stdlib.IPPROTO_TCP, stdlib.TCP_NODELAY, 1)
+            introduce(sockets)
             for _ in range(rounds):
-                sockets[0].sendall(b"wait")
-                time.sleep(0.02)
+                sockets[0].sendall(b"wait for %d" % gate.getsockname()[1])
+                held, _ = gate.accept()
                 for sock in sockets:
                     sock.sendall(b"m")
+                held.close()
                 for sock in sockets:
                     left = clients
                     while left:
                         left -= len(sock.recv(left))
         finally:
-            for sock in sockets:
+            for sock in (gate, *sockets):
                 sock.close()
         calls = count()
     # Each round is one send for each, or two if it was over before the last message was there.

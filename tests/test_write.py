@@ -325,7 +325,7 @@ async def test_send_all_calls_follow_one_another(wire: Wire) -> None:
     listener, reader, writer, socket = await accepted(wire)
     pieces = [bytes([65 + number]) * (4 * MIB) for number in range(4)]
     tasks = [asyncio.create_task(socket.send_all(piece)) for piece in pieces]
-    await asyncio.sleep(0.01)
+    await until(lambda: socket.writable_length)
     assert socket.write(b"in between") == 0
     assert await soon(reader.readexactly(16 * MIB)) == b"".join(pieces)
     await soon(asyncio.gather(*tasks))
@@ -340,7 +340,7 @@ async def test_a_write_refused_during_send_all_gets_its_drain(wire: Wire) -> Non
         wire, handlers={"drain": lambda socket: drains.append(socket.write(b"late"))}
     )
     task = asyncio.create_task(socket.send_all(b"x" * (16 * MIB)))
-    await asyncio.sleep(0.01)
+    await until(lambda: socket.writable_length)
     assert socket.write(b"early") == 0
     assert await soon(reader.readexactly(16 * MIB + 4)) == b"x" * (16 * MIB) + b"late"
     await soon(task)
@@ -353,7 +353,7 @@ async def test_a_cancelled_send_all_lets_the_next_one_go_on(wire: Wire) -> None:
     first = asyncio.create_task(socket.send_all(b"a" * (8 * MIB)))
     second = asyncio.create_task(socket.send_all(b"b" * 10))
     third = asyncio.create_task(socket.send_all(b"c" * 10))
-    await asyncio.sleep(0.02)
+    await until(lambda: socket.writable_length)
     second.cancel()
     first.cancel()
     await asyncio.gather(first, second, return_exceptions=True)
@@ -368,7 +368,7 @@ async def test_a_cancelled_send_all_lets_the_next_one_go_on(wire: Wire) -> None:
 async def test_send_all_raises_what_broke_the_connection(plain_wire: Wire) -> None:
     listener, _, writer, socket = await accepted(plain_wire)
     task = asyncio.create_task(socket.send_all(b"x" * (16 * MIB)))
-    await asyncio.sleep(0.02)
+    await until(lambda: socket.writable_length)
     writer.transport.abort()
     with pytest.raises(OSError) as caught:
         await soon(task)
@@ -518,7 +518,7 @@ async def test_calls_from_another_thread_are_refused(tcp_wire: Wire) -> None:
 async def test_a_waiting_send_all_hears_of_the_end(wire: Wire, ending: str) -> None:
     listener, _, writer, socket = await accepted(wire, linger_timeout=0.1)
     task = asyncio.create_task(socket.send_all(bytes(32 * MIB)))
-    await asyncio.sleep(0.05)
+    await until(lambda: socket.writable_length)
     getattr(socket, ending)()
     with pytest.raises(uvsock.SocketClosedError):
         await soon(task)
@@ -530,7 +530,7 @@ async def test_drained_tells_of_bytes_that_were_dropped(wire: Wire) -> None:
     listener, _, writer, socket = await accepted(wire, high_water_mark=64 * MIB)
     assert socket.write(bytes(48 * MIB)) == 48 * MIB
     task = asyncio.create_task(socket.drained())
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0)
     socket.terminate()
     with pytest.raises(uvsock.SocketClosedError):
         await soon(task)
