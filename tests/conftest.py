@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import trustme
 import uvloop
 
 import uvsock
+from helpers import soon, until
 from uvsock._socket import live_sockets
 from uvsock._stream import state_of
 
@@ -303,18 +304,6 @@ async def leaves_nothing_behind(request: pytest.FixtureRequest) -> AsyncIterator
     assert not tasks, f"tasks still running: {tasks}"
     if "loop_errors" not in request.fixturenames:
         assert not errors, f"the loop's exception handler was called: {errors}"
-
-
-async def until(condition: Callable[[], object], timeout: float = 5.0) -> None:
-    """Return once the condition is true; TimeoutError after ``timeout`` seconds."""
-    async with asyncio.timeout(timeout):
-        while not condition():
-            await asyncio.sleep(0.002)
-
-
-async def soon(awaitable: Awaitable[Any], timeout: float = 5.0) -> Any:
-    """The awaitable's result, or TimeoutError: no test may hang."""
-    return await asyncio.wait_for(awaitable, timeout)
 
 
 class Recorder:

@@ -14,7 +14,8 @@ import pytest
 import uvloop
 
 import uvsock
-from conftest import Recorder, Wire, soon, until, unused_port
+from conftest import Recorder, Wire, unused_port
+from helpers import ignore, soon, stopped, until
 from uvsock import ReadyState
 
 MIB = 1 << 20
@@ -24,17 +25,8 @@ class Trouble(Exception):
     """What the handlers of these tests raise."""
 
 
-def ignore(socket: uvsock.Socket[Any], *arguments: Any) -> None:
-    """A handler of any event that does nothing."""
-
-
 async def pause(seconds: float = 0.005) -> None:
     await asyncio.sleep(seconds)
-
-
-async def stopped(listener: uvsock.Listener) -> None:
-    listener.stop(True)
-    await soon(listener.wait_closed())
 
 
 class Journal:

@@ -30,20 +30,13 @@ from typing import Any
 import pytest
 
 import uvsock
-from conftest import Recorder, Wire, open_descriptors, run_python, soon, until, unused_port
+from conftest import Recorder, Wire, open_descriptors, run_python, unused_port
+from helpers import echo, ignore, soon, stopped, until
 from uvsock import BufferSink, ReadyState
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 RESET = b"\1\0\0\0\0\0\0\0"  # SO_LINGER: on, for no time
 MIB = 1 << 20
-
-
-def ignore(socket: uvsock.Socket[Any], *arguments: Any) -> None:
-    """A handler of any event that does nothing."""
-
-
-def echo(socket: uvsock.Socket[Any], data: bytes) -> None:
-    socket.write(data)
 
 
 IGNORE: dict[str, Any] = {"data": ignore}
@@ -56,11 +49,6 @@ def fill(socket: uvsock.Socket[Any], size: int = 60_000) -> int:
     while (taken := socket.write(b"x" * size)) == size:
         total += taken
     return total + max(taken, 0)
-
-
-async def stopped(listener: uvsock.Listener) -> None:
-    listener.stop(True)
-    await soon(listener.wait_closed())
 
 
 async def linked(

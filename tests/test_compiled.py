@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 import uvsock
-from conftest import Recorder, Wire, soon, until
+from conftest import Recorder, Wire
+from helpers import soon, until
 from test_packaging import build_environment
 
 ROOT = Path(__file__).resolve().parent.parent

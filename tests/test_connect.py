@@ -19,28 +19,11 @@ from typing import Any
 import pytest
 
 import uvsock
-from conftest import (
-    SERVER_NAME,
-    Authority,
-    Recorder,
-    Wire,
-    open_descriptors,
-    soon,
-    until,
-    unused_port,
-)
+from conftest import SERVER_NAME, Authority, Recorder, Wire, open_descriptors, unused_port
+from helpers import ignore, soon, stopped, until
 from uvsock import ReadyState, _addresses, _dial
 
 NOWHERE = ("192.0.2.1", 9)  # RFC 5737: routed nowhere
-
-
-def ignore(socket: uvsock.Socket[Any], *arguments: Any) -> None:
-    """A handler of any event that does nothing."""
-
-
-async def stopped(listener: uvsock.Listener) -> None:
-    listener.stop(True)
-    await soon(listener.wait_closed())
 
 
 @asynccontextmanager

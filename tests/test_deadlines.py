@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import uvsock
-from conftest import SERVER_NAME, Authority, Recorder, Wire, until
-from test_tls import stopped
+from conftest import SERVER_NAME, Authority, Recorder, Wire
+from helpers import stopped, until
 
 MUCH = b"z" * (8 << 20)
 

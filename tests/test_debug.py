@@ -12,7 +12,8 @@ import pytest
 import uvloop
 
 import uvsock
-from conftest import Wire, soon, until
+from conftest import Wire
+from helpers import ignore, soon, until
 
 LOOPS = {"uvsock": uvsock.new_event_loop, "uvloop": uvloop.new_event_loop}
 uvsock_only = pytest.mark.asyncio(loop_factories=["uvsock"])
@@ -49,10 +50,6 @@ async def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
 async def debugging(slow: Slow) -> Slow:
     slow.loop.set_debug(True)
     return slow
-
-
-def ignore(socket: uvsock.Socket[Any], *arguments: Any) -> None:
-    """A handler of any event that does nothing."""
 
 
 def handler(name: str, does: Callable[[uvsock.Socket[Any]], object] = ignore) -> Callable[..., Any]:

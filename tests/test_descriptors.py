@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import uvsock
-from conftest import soon
+from helpers import echo, soon
 
 LOOPS = {"uvsock": uvsock.new_event_loop}
 
@@ -22,10 +22,6 @@ class Echo(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.transport.write(data)
-
-
-def echo(socket: uvsock.Socket[Any], data: bytes) -> None:
-    socket.write(data)
 
 
 async def answers(port: int) -> bytes:

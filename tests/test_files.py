@@ -23,7 +23,8 @@ from typing import Any
 import pytest
 
 import uvsock
-from conftest import SERVER_NAME, Authority, Wire, soon, until
+from conftest import SERVER_NAME, Authority, Wire
+from helpers import soon, until
 
 LOOPS = {"uvsock": uvsock.new_event_loop}
 MIB = 1 << 20

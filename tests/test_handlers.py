@@ -17,26 +17,14 @@ import pytest
 import uvloop
 
 import uvsock
-from conftest import Recorder, Wire, soon, until
+from conftest import Recorder, Wire
+from helpers import echo, ignore, soon, stopped, until
 from uvsock import Handlers, ReadyState
 
 NAMES = (
     "open", "data", "drain", "end", "timeout", "handshake", "error", "close", "connect_error",
 )  # fmt: skip
 Table = dict[str, Callable[..., Any]]
-
-
-def ignore(socket: uvsock.Socket[Any], *arguments: Any) -> None:
-    """A handler of any event that does nothing."""
-
-
-def echo(socket: uvsock.Socket[Any], data: bytes) -> None:
-    socket.write(data)
-
-
-async def stopped(listener: uvsock.Listener) -> None:
-    listener.stop(True)
-    await soon(listener.wait_closed())
 
 
 async def round_trip(wire: Wire, listener: uvsock.Listener, payload: bytes = b"ping") -> bytes:

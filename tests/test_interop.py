@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 import uvsock
-from conftest import SERVER_NAME, Authority, Recorder, Wire, soon, until
+from conftest import SERVER_NAME, Authority, Recorder, Wire
+from helpers import soon, stopped, until
 
 INTEROP = Path(__file__).parent / "interop"
 LARGE = 2_000_000
@@ -107,11 +108,6 @@ def write_certificates(authority: Authority, directory: Path) -> tuple[str, str,
         (directory / f"{name}.pem").write_bytes(content)
     ca, cert, key = (str(directory / f"{name}.pem") for name in ("ca", "cert", "key"))
     return ca, cert, key
-
-
-async def stopped(listener: uvsock.Listener) -> None:
-    listener.stop(True)
-    await soon(listener.wait_closed())
 
 
 # ── Bun ────────────────────────────────────────────────────────────────────────────────────────

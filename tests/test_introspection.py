@@ -20,7 +20,8 @@ import pytest
 
 import uvsock
 import uvsock.testing
-from conftest import Authority, Wire, soon, until
+from conftest import Authority, Wire
+from helpers import soon, until
 from uvsock.dropin._transport import Transport
 
 LOOPS = {"uvsock": uvsock.new_event_loop}

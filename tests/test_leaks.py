@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 import uvsock
-from conftest import Authority, Recorder, Wire, open_descriptors, soon, until
+from conftest import Authority, Recorder, Wire, open_descriptors
+from helpers import ignore, soon, until
 from uvsock._handlers import Handlers
 from uvsock._socket import Group
 
@@ -87,10 +88,6 @@ async def assert_nothing_is_left_by(work: Callable[[], Awaitable[int]]) -> None:
 def objects() -> int:
     gc.collect()
     return len(gc.get_objects())
-
-
-def ignore(socket: uvsock.Socket[Any], *arguments: Any) -> None:
-    """A handler of any event that does nothing."""
 
 
 def hang_up(socket: uvsock.Socket[Any], data: Any) -> None:

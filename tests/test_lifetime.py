@@ -15,15 +15,11 @@ import pytest
 import uvloop
 
 import uvsock
-from conftest import Recorder, Wire, soon, until
+from conftest import Recorder, Wire
+from helpers import soon, stopped, until
 from uvsock import ReadyState
 
 MIB = 1 << 20
-
-
-async def stopped(listener: uvsock.Listener) -> None:
-    listener.stop(True)
-    await soon(listener.wait_closed())
 
 
 async def linked(

@@ -19,35 +19,14 @@ from typing import Any
 import pytest
 
 import uvsock
-from conftest import (
-    SERVER_NAME,
-    Authority,
-    Recorder,
-    Wire,
-    open_descriptors,
-    soon,
-    until,
-    unused_port,
-)
+from conftest import SERVER_NAME, Authority, Recorder, Wire, open_descriptors, unused_port
+from helpers import echo, ignore, soon, stopped, until
 from uvsock import _bind
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Linux has abstract names")
 
 
-def ignore(socket: uvsock.Socket[Any], *arguments: Any) -> None:
-    """A handler of any event that does nothing."""
-
-
-def echo(socket: uvsock.Socket[Any], data: bytes) -> None:
-    socket.write(data)
-
-
 ECHO = {"data": echo}
-
-
-async def stopped(listener: uvsock.Listener) -> None:
-    listener.stop(True)
-    await soon(listener.wait_closed())
 
 
 @contextlib.asynccontextmanager

@@ -18,14 +18,11 @@ import pytest
 import trustme
 
 import uvsock
-from conftest import Wire, soon
+from conftest import Wire
+from helpers import ignore, soon
 from uvsock import _addresses, _dial
 
 LOOPS = {"uvsock": uvsock.new_event_loop}
-
-
-def ignore(*arguments: Any) -> None:
-    """A handler of any event that does nothing."""
 
 
 def protocol() -> asyncio.Protocol:

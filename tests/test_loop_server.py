@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import uvsock
-from conftest import SERVER_NAME, Wire, open_descriptors, soon, until
+from conftest import SERVER_NAME, Wire, open_descriptors
+from helpers import soon, until
 from uvsock.dropin.server import Server
 
 LOOPS = {"uvsock": uvsock.new_event_loop}

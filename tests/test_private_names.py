@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import pytest
 
 import uvsock
-from conftest import SERVER_NAME, Authority, soon, until
+from conftest import SERVER_NAME, Authority
+from helpers import soon, until
 
 LOOPS = {"uvsock": uvsock.new_event_loop}
 

@@ -15,21 +15,13 @@ from typing import Any
 import pytest
 
 import uvsock
-from conftest import Recorder, Wire, soon, until
+from conftest import Recorder, Wire
+from helpers import ignore, soon, stopped, until
 from uvsock import ReadyState
 
 EVENTS = ("open", "data", "drain", "end", "timeout", "error", "close", "handshake")
 PAYLOAD = b"p" * 300_000
 LARGE = b"L" * (1 << 20)
-
-
-def ignore(socket: uvsock.Socket[Any], *arguments: Any) -> None:
-    """A handler of any event that does nothing."""
-
-
-async def stopped(listener: uvsock.Listener) -> None:
-    listener.stop(True)
-    await soon(listener.wait_closed())
 
 
 class Scene:

@@ -11,17 +11,9 @@ from typing import Any
 import pytest
 
 import uvsock
-from conftest import Recorder, Wire, soon, until
+from conftest import Recorder, Wire
+from helpers import ignore, soon, stopped, until
 from uvsock import Handlers, ReadyState
-
-
-def ignore(socket: uvsock.Socket[Any], *arguments: Any) -> None:
-    """A handler of any event that does nothing."""
-
-
-async def stopped(listener: uvsock.Listener) -> None:
-    listener.stop(True)
-    await soon(listener.wait_closed())
 
 
 def answering(text: bytes) -> dict[str, Callable[..., Any]]:

@@ -20,11 +20,7 @@ import uvloop
 
 import uvsock
 from conftest import Authority, open_descriptors, run_python, unused_port, without_slowness
-
-
-def ignore(socket: uvsock.Socket[Any], *arguments: Any) -> None:
-    """A handler of any event that does nothing."""
-
+from helpers import ignore
 
 PRELUDE = """
 import asyncio, os, signal, socket as stdlib, sys, time, uvsock

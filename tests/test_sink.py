@@ -26,7 +26,8 @@ from hypothesis.stateful import (
 )
 
 import uvsock
-from conftest import Wire, soon, until
+from conftest import Wire
+from helpers import soon, until
 from uvsock import BufferSink
 
 KIB = 1 << 10

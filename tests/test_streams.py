@@ -22,7 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import uvsock
-from conftest import SERVER_NAME, Authority, Wire, soon, until
+from conftest import SERVER_NAME, Authority, Wire
+from helpers import soon, until
 from test_tls import ByHand
 from uvsock import Delimited, FixedSize, FrameError, Framer, LengthPrefixed, Lines, Netstring
 from uvsock.dropin._streams import StreamProtocol

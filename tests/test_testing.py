@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 import uvsock
-from conftest import Recorder, Wire, soon, until
+from conftest import Recorder, Wire
+from helpers import soon, until
 from uvsock.testing import Certificates, FaultProxy, Faults, pair, shrink_buffers
 
 WIRES: dict[str, dict[str, bool]] = {

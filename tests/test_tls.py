@@ -20,7 +20,8 @@ import pytest
 import trustme
 
 import uvsock
-from conftest import SERVER_NAME, Authority, Recorder, Wire, soon, until
+from conftest import SERVER_NAME, Authority, Recorder, Wire
+from helpers import soon, stopped, until
 
 BOTH_VERSIONS = pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])
 ALERT, HANDSHAKE, APPLICATION_DATA = 21, 22, 23
@@ -117,11 +118,6 @@ class ByHand:
     async def close(self) -> None:
         self.writer.transport.abort()
         await asyncio.sleep(0)
-
-
-async def stopped(listener: uvsock.Listener) -> None:
-    listener.stop(True)
-    await soon(listener.wait_closed())
 
 
 async def raw(

@@ -16,16 +16,9 @@ import pytest
 import uvloop
 
 import uvsock
-from conftest import Recorder, Wire, soon, until
+from conftest import Recorder, Wire
+from helpers import echo, ignore, soon, until
 from uvsock._stream import TransportTable
-
-
-def ignore(socket: uvsock.Socket[Any], *arguments: Any) -> None:
-    """A handler of any event that does nothing."""
-
-
-def echo(socket: uvsock.Socket[Any], data: bytes) -> None:
-    socket.write(data)
 
 
 def table(loop: Any) -> weakref.WeakValueDictionary[int, Any]:

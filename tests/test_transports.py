@@ -25,7 +25,8 @@ import pytest
 import uvloop
 
 import uvsock
-from conftest import SERVER_NAME, Authority, Wire, run_python, soon, until, unused_port
+from conftest import SERVER_NAME, Authority, Wire, run_python, unused_port
+from helpers import soon, until
 
 LOOPS = {"uvsock": uvsock.new_event_loop, "asyncio": asyncio.SelectorEventLoop}
 uvsock_only = pytest.mark.asyncio(loop_factories=["uvsock"])

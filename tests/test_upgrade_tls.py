@@ -14,15 +14,12 @@ from typing import Any
 import pytest
 
 import uvsock
-from conftest import SERVER_NAME, Authority, Recorder, Wire, soon, until
-from test_tls import ByHand, raw, stopped
+from conftest import SERVER_NAME, Authority, Recorder, Wire
+from helpers import ignore, soon, stopped, until
+from test_tls import ByHand, raw
 from uvsock import ReadyState
 
 PAYLOAD = hashlib.shake_128(b"upgrade").digest(400_000)
-
-
-def ignore(socket: uvsock.Socket[Any], *arguments: Any) -> None:
-    """A handler of any event that does nothing."""
 
 
 def starttls(authority: Authority, **table: Any) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 import uvsock
-from conftest import Recorder, Wire, run_python, soon, until
+from conftest import Recorder, Wire, run_python
+from helpers import soon, until
 
 MIB = 1 << 20
 
