@@ -110,7 +110,7 @@ class Scene:
         if self.peer is not None:
             self.peer.end()
             try:
-                await until(lambda: self.peer_closed, 3)
+                await until(lambda: self.peer_closed)
             except TimeoutError:
                 pytest.fail(f"the peer never closed; events: {self.events}")
         if "open" in self.events:
