@@ -271,12 +271,12 @@ async def leaves_nothing_behind(request: pytest.FixtureRequest) -> AsyncIterator
     errors: list[dict[str, Any]] = []
     loop._uvsock_test_errors = errors  # type: ignore[attr-defined]
     loop.set_exception_handler(lambda _, context: errors.append(context))
+    # libuv opens /dev/null when a loop first has a stream, to accept with when descriptors run out.
     if isinstance(loop, uvloop.Loop):
         state_of(loop)  # with a descriptor that stays as long as the loop
-    # libuv opens /dev/null when a loop first listens, to accept with when descriptors run out.
-    server = await loop.create_server(asyncio.Protocol, "127.0.0.1", 0)
-    server.close()
-    await server.wait_closed()
+        server = await uvloop.Loop.create_server(loop, asyncio.Protocol, "127.0.0.1", 0)
+        server.close()
+        await server.wait_closed()
     before = open_descriptors()
     yield
     me = asyncio.current_task()

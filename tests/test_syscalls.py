@@ -25,7 +25,7 @@ SENDS = ("write", "sendto", "sendmsg", "writev")
 POLLS = ("?epoll_wait", "epoll_pwait")  # some systems have the second one only
 
 SERVER = """
-import asyncio, os, signal, socket as stdlib, sys, uvsock
+import asyncio, os, select, signal, socket as stdlib, sys, uvsock
 
 def write(socket, data): socket.write(data)
 def five(socket, data):
@@ -41,6 +41,10 @@ def everyone_at_once(socket, data):
             held.recv(1)
     else:
         everyone(socket, data)
+def held_up(socket, data):
+    os.write(socket.fileno(), b"!")
+    if data == b"wait":
+        select.select([socket.fileno()], [], [])
 def gathered(socket, data):
     socket.write(b"head")
     socket.write(LARGE)
@@ -110,7 +114,7 @@ def server(tmp_path: Path, *arguments: str) -> Iterator[tuple[int, Callable[[], 
     script = tmp_path / "server.py"
     script.write_text(SERVER)
     trace = tmp_path / "trace"
-    calls = ",".join((*RECEIVES, *SENDS, *POLLS, "epoll_ctl"))
+    calls = ",".join((*RECEIVES, *SENDS, *POLLS, "accept4", "epoll_ctl"))
     process = subprocess.Popen(
         ["strace", "-f", "-qq", "-yy", "-e", f"trace={calls}", "-o", str(trace),
          sys.executable, str(script), *arguments],
@@ -299,3 +303,22 @@ def test_sockets_that_all_write_to_each_other_are_sent_once_per_iteration(tmp_pa
     # Until all were known it was at most one for each message and client.
     total = sum(calls[name] for name in SENDS) - clients
     assert clients * rounds <= total <= clients * rounds * 1.3 + clients * clients
+
+
+def test_connections_that_come_together_are_accepted_together(tmp_path: Path) -> None:
+    """libuv takes one per wake-up."""
+    clients = 100
+    with server(tmp_path, "held_up", "cork") as (port, count):
+        with stdlib.create_connection(("127.0.0.1", port), 10) as first:
+            first.sendall(b"wait")
+            assert first.recv(1) == b"!"
+            others = [stdlib.create_connection(("127.0.0.1", port), 10) for _ in range(clients)]
+            for sock in others:
+                sock.sendall(b"x")
+            first.sendall(b"x")
+            for sock in others:
+                assert sock.recv(1) == b"!"
+                sock.close()
+        calls = count()
+    assert calls["accept4"] >= clients + 1
+    assert calls["poll"] < clients / 2

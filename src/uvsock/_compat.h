@@ -2,6 +2,8 @@
 #ifndef UVSOCK_COMPAT_H
 #define UVSOCK_COMPAT_H
 
+#include <errno.h>
+#include <fcntl.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 #ifdef __linux__
@@ -37,6 +39,17 @@ static inline int uvs_unsent(int fd) {
         return -1;
 #endif
     return n;
+}
+
+/* accept4(2), which macOS does not have. libuv makes the descriptor non-blocking. */
+static inline int uvs_accept(int fd) {
+#ifdef SOCK_CLOEXEC
+    return accept4(fd, 0, 0, SOCK_CLOEXEC);
+#else
+    int accepted = accept(fd, 0, 0);
+    if (accepted >= 0) fcntl(accepted, F_SETFD, FD_CLOEXEC);
+    return accepted;
+#endif
 }
 
 #endif

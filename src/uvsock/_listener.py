@@ -10,6 +10,7 @@ from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Self, Unpack
 
+from uvsock._accept import Acceptor
 from uvsock._bind import SocketFile, bind_tcp, bind_unix, listen_on, socket_file
 from uvsock._contexts import TLSLike, server_context
 from uvsock._handlers import Handlers, as_handlers
@@ -27,7 +28,6 @@ from uvsock._options import (
 from uvsock._socket import Group, Socket
 from uvsock._stream import LoopState, state_of
 from uvsock._types import HandlersLike
-from uvsock._uvloop import serve
 
 # Seconds that async handlers have after their sockets were terminated.
 LAST_GRACE = 1.0
@@ -135,7 +135,7 @@ def listen(
             server_side=True,
         )
         listener._init(state, group, sockets, hostname, path, owns_path=kind == "unix")
-        listener._start(backlog)
+        listener._start()
         return listener
 
     return start()
@@ -146,7 +146,7 @@ class Listener(ListenRows):
 
     _state: LoopState
     _group: Group
-    _servers: list[asyncio.AbstractServer]
+    _acceptors: list[Acceptor]
     _stopped: asyncio.Future[None]
 
     def __init__(self) -> None:
@@ -165,7 +165,7 @@ class Listener(ListenRows):
         self._state = state
         self._group = group
         self._sockets = sockets
-        self._servers = []
+        self._acceptors = []
         self._referenced = True
         self._path = path
         self._file: SocketFile | None = socket_file(path) if owns_path else None
@@ -176,10 +176,10 @@ class Listener(ListenRows):
             self._hostname, self._port = hostname or name[0], name[1]
         self._stopped = state.loop.create_future()
 
-    def _start(self, backlog: int) -> None:
+    def _start(self) -> None:
         try:
             for sock in self._sockets:
-                self._servers.append(serve(self._state.loop, self._group, sock, backlog))
+                self._acceptors.append(Acceptor(self._group, sock))
         except BaseException:
             self._close()
             raise
@@ -187,11 +187,11 @@ class Listener(ListenRows):
         self._state.hold()
 
     def _close(self) -> None:
-        for server in self._servers:
-            server.close()
-        for sock in self._sockets[len(self._servers) :]:
+        for acceptor in self._acceptors:
+            acceptor.close()
+        for sock in self._sockets[len(self._acceptors) :]:
             sock.close()
-        self._servers = []
+        self._acceptors = []
         self._sockets = []
         if self._file is not None:
             self._file.remove()
@@ -273,7 +273,7 @@ class Listener(ListenRows):
             if self._referenced:
                 self._state.release()
         if close_active_connections:
-            self._group.stopped = True  # for those that uvloop has accepted in this iteration
+            self._group.stopped = True  # for those that were accepted in this iteration
             for sock in self.sockets:
                 sock.close()
 

@@ -40,5 +40,5 @@ cdef class Poller:
     cdef int watch(self, Watched who, int what) except -1
     # Within a batch: run in this context from here on.
     cdef int enter(self, object context) except -1
-    cdef int _leave(self) except -1
+    cdef int leave(self) except -1
     cdef int close(self) except -1

@@ -71,12 +71,12 @@ cdef class Poller:
     cdef int enter(self, object context) except -1:
         if self.entered is context:
             return 0
-        self._leave()
+        self.leave()
         PyContext_Enter(context)
         self.entered = context
         return 0
 
-    cdef int _leave(self) except -1:
+    cdef int leave(self) except -1:
         entered = self.entered
         if entered is not None:
             self.entered = None
@@ -111,4 +111,4 @@ cdef class Poller:
                     who.on_ready_raised(error)
         finally:
             self.count = self.next = 0
-            self._leave()
+            self.leave()

@@ -85,8 +85,8 @@ cdef class Group(StreamGroup):
         self.handshake_timeout = UVS_HANDSHAKE_TIMEOUT
 
     def __call__(self):
-        # uvloop stops accepting for good when a protocol factory raises, so nothing of the user's
-        # runs here.
+        # A listener calls this while it accepts, so nothing of the user's runs here: it might stop
+        # the listener in between.
         cdef Socket socket = Socket.__new__(Socket)
         socket.group = self
         socket.state = self.state

@@ -57,6 +57,7 @@ cdef class LoopState:
     cdef set _idle_waiters      # Futures
     cdef readonly set listeners
     cdef readonly set groups
+    cdef list starved           # called when a descriptor may be free: listeners that need one
     cdef list _dirty
     cdef Py_ssize_t held_outside          # how often bytes were held for a stream not in a turn
     cdef Py_ssize_t reads                 # that no task has answered yet
@@ -90,6 +91,7 @@ cdef class LoopState:
     cdef int keep_transport(self, Py_ssize_t fd, object transport) except -1
     cdef int forget_transport(self, Py_ssize_t fd) except -1
     cdef ReadBuffer read_memory(self)
+    cdef int feed(self) except -1
     cdef BufferSink take_sink(self)
     cdef void give_sink(self, BufferSink sink)
 
@@ -209,6 +211,10 @@ cdef class Stream(Watched):
     cdef int on_handshake(self, bint success, object error) except -1
     cdef int on_tls_error(self, object error) except -1
     cdef int on_closed(self) except -1
+
+    # Of uvloop's calls
+    cdef int _made(self, object transport) except -1
+    cdef int _gone(self, object exc) except -1
 
     # Reading
     cdef int receive(self) except -1

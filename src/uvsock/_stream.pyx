@@ -207,6 +207,7 @@ cdef class LoopState:
         self.thread = PyThread_get_thread_ident()
         self.listeners = set()
         self.groups = set()
+        self.starved = []
         self._dirty = []
         self._idle_waiters = set()
         self.sockets = {}
@@ -378,6 +379,15 @@ cdef class LoopState:
         if self.read_buffer is None:
             self.read_buffer = ReadBuffer(UVS_READ_SIZE)
         return self.read_buffer
+
+    cdef int feed(self) except -1:
+        """A descriptor is closed when this iteration is over: let those have it that need one."""
+        cdef list starved = self.starved
+        # Another one first each time, or that one would take all.
+        self.starved = []
+        for accept in starved[1:] + starved[:1]:
+            self.loop.call_soon(accept)
+        return 0
 
     cdef BufferSink take_sink(self):
         cdef BufferSink sink = self._spare_sinks
@@ -610,15 +620,66 @@ cdef class Stream:
 
     # ── What uvloop calls ──────────────────────────────────────────────────────────────────────
 
+    # uvloop has a context for each connection. Handlers run in the group's: what one of them sets is
+    # seen by all, wherever it is called from.
+
     @cython.binding(False)
     def connection_made(self, transport):
+        self.state.poller.enter(self.group.context)
+        try:
+            self._made(transport)
+        finally:
+            self.state.poller.leave()
+
+    @cython.binding(False)
+    def data_received(self, data):
+        cdef Py_ssize_t before = self.state.held_outside
+        self.state.poller.enter(self.group.context)
+        self.turn += 1
+        try:
+            if self.reader == UVLOOP:
+                # Many connections bring no more than this, and need not be entered in the poller.
+                self.reader = UVLOOP_ONCE_MORE
+            else:
+                self._take_over()
+                self.watch()
+            self.received(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), data)
+        finally:
+            self._leave_reading(before)
+            self.state.poller.leave()
+
+    @cython.binding(False)
+    def eof_received(self):
+        cdef int code = get_error(self.fd) if END_MAY_BE_RESET else 0
+        self.reader = OURS  # uvloop reads no more when this returns
+        self.state.poller.enter(self.group.context)
+        self.turn += 1
+        try:
+            if code:
+                self.lost(code)
+            else:
+                self._received_end()
+        finally:
+            self.leave_turn()
+            self.state.poller.leave()
+        return True  # the transport stays: it is closed when both sides have ended
+
+    @cython.binding(False)
+    def connection_lost(self, exc):
+        self.state.poller.enter(self.group.context)
+        try:
+            self._gone(exc)
+        finally:
+            self.state.poller.leave()
+
+    cdef int _made(self, object transport) except -1:
         if self.phase < LEAVING and not self.group.stopped:
             self.on_made()
         if self.phase >= LEAVING or self.group.stopped:
             self._enter(LEAVING)  # given up before the transport was there
             self.group.add(self)  # or nothing would wait until it is gone
             transport.abort()
-            return
+            return 0
         self.transport = transport
         self.state.debug = self.state.loop.get_debug()
         if self.fd < 0:  # no TransportTable
@@ -651,38 +712,9 @@ cdef class Stream:
         if (self.held_back() or self.blocked) and self.phase < LEAVING:
             # uvloop starts reading when this returns, whatever was asked for before.
             self.state.loop.call_soon(self._watch)
+        return 0
 
-    @cython.binding(False)
-    def data_received(self, data):
-        cdef Py_ssize_t before = self.state.held_outside
-        self.turn += 1
-        try:
-            if self.reader == UVLOOP:
-                # Many connections bring no more than this, and need not be entered in the poller.
-                self.reader = UVLOOP_ONCE_MORE
-            else:
-                self._take_over()
-                self.watch()
-            self.received(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), data)
-        finally:
-            self._leave_reading(before)
-
-    @cython.binding(False)
-    def eof_received(self):
-        cdef int code = get_error(self.fd) if END_MAY_BE_RESET else 0
-        self.reader = OURS  # uvloop reads no more when this returns
-        self.turn += 1
-        try:
-            if code:
-                self.lost(code)
-            else:
-                self._received_end()
-        finally:
-            self.leave_turn()
-        return True  # the transport stays: it is closed when both sides have ended
-
-    @cython.binding(False)
-    def connection_lost(self, exc):
+    cdef int _gone(self, object exc) except -1:
         if exc is not None and self.error is None and self.phase < LEAVING:
             self.error = exc
         if self.error is not None and self.transport is not None:
@@ -701,16 +733,17 @@ cdef class Stream:
             self.state.forget_transport(self.fd)
             if self.state.sockets:
                 self.state.sockets.pop(self.fd, None)
+            if self.state.starved:
+                self.state.feed()
             self.fd = -1
             self.stash = None
             if self.frames is not None:
                 self.frames.drop()
             self._enter(LEAVING)
         if self.opened:
-            self.on_closed()
-        else:
-            self.begin_closed()
-            self.end_closed()
+            return self.on_closed()
+        self.begin_closed()
+        return self.end_closed()
 
     def pause_writing(self):
         # Never called: nothing is ever written to the transport.

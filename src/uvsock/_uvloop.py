@@ -1,4 +1,4 @@
-"""What uvsock has uvloop do: accept connections, and make a transport of a descriptor."""
+"""What uvsock has uvloop do: make a transport of a connected socket."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import socket
 from typing import Any
 
 import uvloop
-
-from uvsock._stream import StreamGroup
 
 
 def attach(
@@ -39,26 +37,3 @@ def attach(
             connecting.send(None)
 
     waiter.add_done_callback(made)
-
-
-def serve(
-    loop: asyncio.AbstractEventLoop, group: StreamGroup, sock: socket.socket, backlog: int
-) -> asyncio.AbstractServer:
-    """Have uvloop accept connections on a bound socket; each is a call of the group."""
-    # Not by the loop's methods: those of uvsock's own loop make asyncio's transports.
-    create: Any = (
-        uvloop.Loop.create_unix_server
-        if sock.family == socket.AF_UNIX
-        else uvloop.Loop.create_server
-    )
-    options = {"cleanup_socket": False} if sock.family == socket.AF_UNIX else {}
-    serving = create(loop, group, sock=sock, backlog=backlog, **options)
-    try:
-        # It has nothing to wait for, so nothing can cancel it halfway. uvloop runs a server's
-        # protocols in the context that it was created in.
-        group.context.run(serving.send, None)
-    except StopIteration as done:
-        server: asyncio.AbstractServer = done.value
-        return server
-    serving.close()
-    raise RuntimeError("uvloop's server waits for something")

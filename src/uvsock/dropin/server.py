@@ -8,8 +8,8 @@ import logging
 import socket
 from typing import Self
 
+from uvsock._accept import Acceptor
 from uvsock._bind import SocketFile
-from uvsock._uvloop import serve
 from uvsock.dropin._transport import TransportGroup
 
 logger = logging.getLogger("asyncio")
@@ -37,7 +37,7 @@ class Server(asyncio.Server):
         self._group = group
         self._backlog = backlog
         self._file = file
-        self._accepting: list[asyncio.AbstractServer] = []
+        self._accepting: list[Acceptor] = []
         self._closed: asyncio.Future[None] = loop.create_future()
         self._forever: asyncio.Future[None] | None = None
 
@@ -64,9 +64,8 @@ class Server(asyncio.Server):
             return
         self._group.server = self  # or a server that the program forgets could not be closed
         for sock in self._sockets:
-            # Here and not in uvloop, which would not tell of an error.
             sock.listen(self._backlog)
-            self._accepting.append(serve(self._loop, self._group, sock, self._backlog))
+            self._accepting.append(Acceptor(self._group, sock))
 
     async def start_serving(self) -> None:
         """Begin to accept connections, if it has not begun yet."""
@@ -100,9 +99,9 @@ class Server(asyncio.Server):
         if sockets is None:
             return
         self._group.server = None
-        self._group.stopped = True  # for those that uvloop has accepted in this iteration
-        for server in self._accepting:
-            server.close()
+        self._group.stopped = True  # for those that were accepted in this iteration
+        for acceptor in self._accepting:
+            acceptor.close()
         for sock in sockets[len(self._accepting) :]:
             sock.close()  # bound, and never served
         self._accepting = []
