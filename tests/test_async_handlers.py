@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
-import uvloop
 
 import uvsock
 from conftest import Recorder, Wire, unused_port
@@ -894,7 +894,7 @@ async def test_a_cancelled_handler_closes_its_socket_in_order(
 
 
 # What ends the run leaves open sockets to the loop's close().
-@pytest.mark.filterwarnings("ignore:unclosed resource:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("later", [True, False])
 def test_keyboard_interrupt_and_system_exit_end_the_run(
@@ -924,7 +924,7 @@ def test_keyboard_interrupt_and_system_exit_end_the_run(
 
     with (
         pytest.raises(kind) as caught,
-        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        asyncio.Runner(loop_factory=uvsock.new_event_loop) as runner,
     ):
         runner.run(main())
     assert caught.value.args == (7,)
@@ -1292,3 +1292,57 @@ async def test_a_data_factory_has_a_context_of_its_own(tcp_wire: Wire) -> None:
     for client in clients:
         client.end()
     await stopped(listener)
+
+
+# ── Handlers that do not wait ──────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="tasks start in the next iteration")
+async def test_a_handler_that_does_not_wait_is_done_in_its_own_turn(wire: Wire) -> None:
+    loop = asyncio.get_running_loop()
+    order: list[object] = []
+
+    async def data(socket: uvsock.Socket[Any], line: bytes) -> None:
+        assert asyncio.current_task() is not None
+        order.append(line)
+        loop.call_soon(order.append, "iteration")
+        socket.write(line)
+        if line == b"raise":
+            raise ValueError("boom")
+
+    table = {"data": data, "error": lambda socket, error: order.append(str(error))}
+    listener = await wire.listen(table, framing=uvsock.Lines())
+    _, writer = await wire.streams(listener)
+    writer.write(b"1\nraise\n3\n")
+    await until(lambda: len(order) == 7)
+    assert order == [b"1", b"raise", "boom", b"3", *["iteration"] * 3]
+    writer.close()
+    listener.stop(True)
+    await soon(listener.wait_closed())
+
+
+async def test_a_task_factory_makes_the_tasks_of_handlers(wire: Wire) -> None:
+    loop = asyncio.get_running_loop()
+    made: list[Any] = []
+
+    def factory(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio.Task[Any]:
+        made.append(coro)
+        return asyncio.Task(coro, loop=loop, **options)
+
+    done = asyncio.Event()
+
+    async def data(socket: uvsock.Socket[Any], chunk: bytes) -> None:
+        done.set()
+
+    listener = await wire.listen({"data": data})
+    _, writer = await wire.streams(listener)
+    loop.set_task_factory(factory)
+    try:
+        writer.write(b"x")
+        await done.wait()
+    finally:
+        loop.set_task_factory(None)
+    assert data.__qualname__ in {coro.__qualname__ for coro in made}
+    writer.close()
+    listener.stop(True)
+    await soon(listener.wait_closed())

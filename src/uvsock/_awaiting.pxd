@@ -1,2 +1,2 @@
 cdef bint is_awaitable(object result) except -1
-cdef object task_of(object loop, object awaitable)
+cdef object task_of(object loop, object awaitable, bint eager)

@@ -1,6 +1,10 @@
 """What can be awaited, whoever made it, and the task of it."""
 
 import asyncio
+import sys
+
+cdef bint EAGER = sys.version_info >= (3, 12)
+cdef object Task = asyncio.Task
 
 cdef extern from "Python.h":
     bint PyCoro_CheckExact(object)
@@ -30,8 +34,13 @@ cdef bint is_awaitable(object result) except -1:
     return uvs_is_awaitable(result)
 
 
-cdef object task_of(object loop, object awaitable):
-    """A task that runs in a copy of the current context; a Future is its own."""
+cdef object task_of(object loop, object awaitable, bint eager):
+    """A task that runs in a copy of the current context; a Future is its own.
+
+    ``eager``: where Python can it runs now, up to where it waits for something, and may be done.
+    """
     if PyCoro_CheckExact(awaitable):
+        if eager and EAGER and loop.get_task_factory() is None:
+            return Task(awaitable, loop=loop, eager_start=True)
         return loop.create_task(awaitable)  # ensure_future() is interpreted
     return asyncio.ensure_future(awaitable, loop=loop)

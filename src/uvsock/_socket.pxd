@@ -48,6 +48,7 @@ cdef class Socket(Stream):
     cdef int _warn_of_short_write(self) except -1
     @cython.final
     cdef int _start(self, int event, object awaitable) except -1
+    cdef int _done(self, AsyncHandler running) except -1
     @cython.final
     cdef int _returned(self, int event, object failure, bint absent) except -1
     @cython.final

@@ -38,6 +38,7 @@ cdef extern from "Python.h":
 
 cdef object SSLError = ssl.SSLError
 cdef object ZERO = 0
+cdef object Task = asyncio.Task
 cdef tuple ENDING_THE_RUN = (KeyboardInterrupt, SystemExit)
 # Seconds. A peer that connects and never finishes its handshake would otherwise stay for ever.
 cdef double UVS_HANDSHAKE_TIMEOUT = 60.0
@@ -361,19 +362,41 @@ cdef class Socket(Stream):
 
     cdef int _start(self, int event, object awaitable) except -1:
         """Run an async handler; no other handler of this socket runs until it is done."""
+        cdef AsyncHandler running
+        if self._running is None:
+            self._running = AsyncHandler.__new__(AsyncHandler)
+        running = self._running
+        running.event = event
+        self.busy = True
         try:
             # It copies the context that its handler was called in: what it sets is seen by nobody
             # else, and it sees what a decorator has set.
-            task = task_of(self.state.loop, awaitable)
+            running.task = task_of(self.state.loop, awaitable, True)
         except BaseException as error:
-            return self._returned(event, error, False)
-        self.busy = True
-        if self._running is None:
-            self._running = AsyncHandler.__new__(AsyncHandler)
-        self._running.task = task
-        self._running.event = event
-        task.add_done_callback(self._finished, context=self.group.context)
+            self.busy = False
+            self._returned(event, error, False)
+            return self._run_queue()
+        if isinstance(running.task, Task) and running.task.done():
+            return self._done(running)  # it had nothing to wait for
+        running.task.add_done_callback(self._finished, context=self.group.context)
         return self.watch()
+
+    cdef int _done(self, AsyncHandler running) except -1:
+        """Its task is done: go on with what waited for that."""
+        task = running.task
+        running.task = None
+        self.busy = False
+        if task.cancelled():
+            failure = asyncio.CancelledError()
+        else:
+            failure = task.exception()
+            if isinstance(failure, ENDING_THE_RUN):
+                failure = None  # the task itself has ended the run with it
+        self._returned(running.event, failure, False)
+        if running.closes:
+            running.closes = False
+            self.begin_close()
+        return self._run_queue()
 
     cdef int release_borrowed(self, object view) except -1:
         if not self.busy:
@@ -384,23 +407,12 @@ cdef class Socket(Stream):
     def _finished(self, task):
         cdef AsyncHandler running = self._running
         view = running.borrowed
-        running.task = running.borrowed = None
-        self.busy = False
+        running.borrowed = None
         self.turn += 1
         try:
             if view is not None:
-                self.release_borrowed(view)
-            if task.cancelled():
-                failure = asyncio.CancelledError()
-            else:
-                failure = task.exception()
-                if isinstance(failure, ENDING_THE_RUN):
-                    failure = None  # the task itself has ended the run with it
-            self._returned(running.event, failure, False)
-            if running.closes:
-                running.closes = False
-                self.begin_close()
-            self._run_queue()
+                Stream.release_borrowed(self, view)
+            self._done(running)
             if self.phase < LEAVING and not self.busy:
                 self.pump()
                 self.check_drain()
@@ -409,7 +421,7 @@ cdef class Socket(Stream):
 
     cdef int _run_queue(self) except -1:
         cdef int event
-        while not self.busy and self._running.queue:
+        while not self.busy and self._running is not None and self._running.queue:
             event, argument = self._running.queue.pop(0)
             if self.phase > ENDING and (
                 event in (OPEN, DRAIN, END, TIMEOUT) or (event == HANDSHAKE and argument[0])

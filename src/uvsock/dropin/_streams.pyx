@@ -944,7 +944,7 @@ cdef class StreamProtocol(CompiledProtocol):
             self._report(error, transport)
             started = None
         if started is not None and is_awaitable(started):
-            self._task = task_of(self._loop, started)
+            self._task = task_of(self._loop, started, False)
             self._task.add_done_callback(self._task_done)
             if isinstance(transport, Transport):
                 # For what the task writes at once: scheduled later, it takes an iteration more.
