@@ -645,7 +645,7 @@ def run_until_broken(main: Callable[[], Any]) -> list[dict[str, Any]]:
 
 
 # What ends the run leaves open sockets to the loop's close().
-@pytest.mark.filterwarnings("ignore:unclosed resource:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize(
     "event", ["open", "data", "drain", "end", "timeout", "error", "close", "data_factory"]

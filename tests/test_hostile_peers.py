@@ -495,15 +495,15 @@ class Server(asyncio.Protocol):
         self.transport.write(bytes(200_000))
         self.transport.close()
 
-def descriptors():
-    return {n: os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")
-            if os.path.exists(f"/proc/self/fd/{n}")}
+def sockets():
+    return sum(os.readlink(f"/proc/self/fd/{n}").startswith("socket:")
+               for n in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{n}"))
 
 async def main():
     loop = asyncio.get_running_loop()
     server = await loop.create_server(Server, "127.0.0.1", 0)
     peers = []
-    before = len(descriptors())
+    before = sockets()
     for _ in range(3):
         peer = socket.socket()
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -514,14 +514,14 @@ async def main():
             pass
         await loop.sock_sendall(peer, b"x")
         peers.append(peer)
-    while len(descriptors()) != before + 6:  # theirs, and ours that wait for them
+    while sockets() != before + 6:  # theirs, and ours that wait for them
         await asyncio.sleep(0.01)
     peers[0].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     for peer in peers[:2]:
         peer.close()
     while await loop.sock_recv(peers[2], 65536):
         pass
-    while len(descriptors()) != before + 1:
+    while sockets() != before + 1:
         await asyncio.sleep(0.01)
     peers[2].close()
     server.close()

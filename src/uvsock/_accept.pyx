@@ -100,6 +100,7 @@ cdef class Acceptor:
         self._accepted.family = int(sock.family)
         self._callback = self._accept
         self._limit = 1
+        self._group.state.acceptors.add(self)
         try:
             self._watch()
         except BaseException:
@@ -108,6 +109,7 @@ cdef class Acceptor:
 
     def close(self):
         """Stop accepting, and close the socket: the kernel resets those who wait."""
+        self._group.state.acceptors.discard(self)
         self._rest()
         self._forget_retry()
         self._fd = -1
@@ -127,7 +129,8 @@ cdef class Acceptor:
     cdef int _rest(self) except -1:
         if self._watching:
             self._watching = False
-            uvloop.Loop.remove_reader(self._loop, self._fd)
+            if not self._loop.is_closed():
+                uvloop.Loop.remove_reader(self._loop, self._fd)
         return 0
 
     def _accept(self):

@@ -59,7 +59,7 @@ static inline int uvs_poller_open(void) {
 static inline int uvs_poller_set(int poller, int fd, int before, int what, void *who) {
     struct kevent changes[2];
     int n = 0;
-    /* A hang-up is heard by a filter for reading that no amount of data satisfies. */
+    /* A failure is heard by a filter for reading that data seldom satisfies, and then once. */
     if ((before & UVS_READ) != (what & UVS_READ) || !before != !what) {
         if (!what)
             EV_SET(&changes[n++], fd, EVFILT_READ, EV_DELETE, 0, 0, who);
@@ -82,7 +82,7 @@ static inline int uvs_poller_take(int poller, uvs_ready *ready) {
     for (i = 0; i < n; i++) {
         ready[i].who = events[i].udata;
         ready[i].what = (events[i].filter == EVFILT_WRITE ? UVS_WRITE : UVS_READ) |
-                        (events[i].flags & EV_EOF ? UVS_HANGUP : 0);
+                        (events[i].flags & EV_EOF && events[i].fflags ? UVS_HANGUP : 0);
     }
     return n < 0 ? 0 : n;
 }

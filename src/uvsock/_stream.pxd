@@ -57,6 +57,7 @@ cdef class LoopState:
     cdef set _idle_waiters      # Futures
     cdef readonly set listeners
     cdef readonly set groups
+    cdef set acceptors          # open ones: a loop that is closed closes them
     cdef list starved           # called when a descriptor may be free: listeners that need one
     cdef list _dirty
     cdef Py_ssize_t held_outside          # how often bytes were held for a stream not in a turn

@@ -205,6 +205,7 @@ cdef class LoopState:
     def __cinit__(self, object loop):
         self.loop = loop
         self.thread = PyThread_get_thread_ident()
+        self.acceptors = set()
         self.listeners = set()
         self.groups = set()
         self.starved = []
@@ -470,6 +471,8 @@ def close_state(loop):
     """Close what the state of a closed loop has open. Without it that goes with the loop."""
     cdef LoopState state = getattr(loop, "_uvsock_state", None)
     if state is not None:
+        for acceptor in state.acceptors.copy():
+            acceptor.close()
         state.poller.close()
 
 
@@ -620,8 +623,8 @@ cdef class Stream:
 
     # ── What uvloop calls ──────────────────────────────────────────────────────────────────────
 
-    # uvloop has a context for each connection. Handlers run in the group's: what one of them sets is
-    # seen by all, wherever it is called from.
+    # uvloop has a context for each connection. Handlers run in the group's: what one of them sets
+    # is seen by all, wherever it is called from.
 
     @cython.binding(False)
     def connection_made(self, transport):
