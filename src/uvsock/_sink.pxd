@@ -10,7 +10,6 @@ cdef class BufferSink:
     cdef Py_ssize_t _end
     cdef Py_ssize_t _mark         # the end of the content at the last flush that only counted
     cdef Py_ssize_t _hint         # capacity to begin with, and to keep when emptied
-    cdef BufferSink next_spare    # the chain of empty sinks that a loop keeps
     cdef int _exports             # views of the content that somebody holds: it must not move
     cdef bint _stream
     cdef bint _as_bytes

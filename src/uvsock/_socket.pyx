@@ -11,7 +11,6 @@ cimport cython
 from cpython.bytes cimport (
     PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE,
 )
-from cpython.object cimport PyObject
 from libc.limits cimport LLONG_MAX
 from libc.math cimport INFINITY
 
@@ -530,7 +529,6 @@ cdef class Socket(Stream):
                 if length is not None:
                     given.n = _index("length", length, given.n)
                 given.p += start
-                given.owner = <PyObject*>None
             return self._write_checked(given.p, given.n, whole, <bytes>given.owner)
         finally:
             release(&given)
@@ -551,7 +549,7 @@ cdef class Socket(Stream):
 
     cdef Py_ssize_t write_frame_memory(self, const char* p, Py_ssize_t n) except -2:
         self.state.check()
-        return self.write_framed(p, n)
+        return self.write_framed(p, n, None)
 
     @cython.binding(False)
     def write_frame(self, data):
@@ -574,7 +572,7 @@ cdef class Socket(Stream):
         """
         if PyBytes_CheckExact(data):
             self.state.check()
-            return self.write_framed(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+            return self.write_framed(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), data)
         return self._write_frame_from(data)
 
     cdef Py_ssize_t _write_frame_from(self, object data) except -2:
@@ -582,7 +580,7 @@ cdef class Socket(Stream):
         self.state.check()
         acquire(data, TEXT, "data", &given)
         try:
-            return self.write_framed(given.p, given.n)
+            return self.write_framed(given.p, given.n, <bytes>given.owner)
         finally:
             release(&given)
 

@@ -11,8 +11,8 @@
 cimport cython
 
 from uvsock._framing cimport Delivery, Envelope, FrameReader
+from uvsock._pieces cimport Pieces
 from uvsock._poller cimport Poller, Watched
-from uvsock._sink cimport BufferSink
 from uvsock._tls cimport TLSLayer
 
 cdef extern from "pythread.h":
@@ -68,7 +68,7 @@ cdef class LoopState:
     cdef object _answers_callback
     cdef bint _flush_scheduled
     cdef object _flush_callback
-    cdef BufferSink _spare_sinks  # a chain: the first, which names the next
+    cdef Pieces _spare_pieces     # a chain: the first, which names the next
     cdef int _spare_count
     cdef ReadBuffer read_buffer
     cdef ReadBuffer tls_buffer
@@ -93,8 +93,8 @@ cdef class LoopState:
     cdef int forget_transport(self, Py_ssize_t fd) except -1
     cdef ReadBuffer read_memory(self)
     cdef int feed(self) except -1
-    cdef BufferSink take_sink(self)
-    cdef void give_sink(self, BufferSink sink)
+    cdef Pieces take_pieces(self)
+    cdef void give_pieces(self, Pieces pieces)
 
 
 cdef class StreamGroup:
@@ -179,12 +179,14 @@ cdef class Stream(Watched):
     cdef short corks             # > 0 inside `with cork()`
     cdef int place               # in the group's `sockets`, else -1
 
-    # Bytes for the kernel: plain ones, or ciphertext when there is a TLS layer. None when empty.
-    cdef BufferSink wire
+    # Bytes accepted that the kernel does not have yet, as plain text.
+    cdef Py_ssize_t unsent
+    # Bytes for the kernel: plain ones, or ciphertext when there is a TLS layer, which then has the
+    # plain ones. None when empty.
+    cdef Pieces wire
     # The only bytes held, not copied: what is written once is sent, or encrypted, from where it is.
+    # `unsent` tells how many of its last ones still are.
     cdef bytes lone
-    # Plain text not yet encrypted. None when empty.
-    cdef BufferSink plain
     cdef TLSLayer tls
     # Received while paused or busy, not yet looked at. None when empty.
     cdef list stash
@@ -256,28 +258,35 @@ cdef class Stream(Watched):
     ) except -2
     cdef inline bint _holdable(self, Py_ssize_t n) noexcept
     @cython.final
-    cdef Py_ssize_t _write_now(self, const char* p, Py_ssize_t n, bint whole) except -2
-    cdef inline Py_ssize_t _write_plain(self, const char* p, Py_ssize_t n, bint whole) except -2
-    @cython.final
-    cdef Py_ssize_t _write_tls(self, const char* p, Py_ssize_t n, bint whole) except -2
-    cdef Py_ssize_t write_framed(self, const char* p, Py_ssize_t n) except -2
-    cdef Py_ssize_t _write_parts(
-        self, const Envelope* envelope, const char* p, Py_ssize_t n, Py_ssize_t size
+    cdef Py_ssize_t _write_now(
+        self, const char* p, Py_ssize_t n, bint whole, bytes owner
     ) except -2
-    cdef inline int _accepted(self, Py_ssize_t n) except -1
+    @cython.final
+    cdef Py_ssize_t _write_tls(
+        self, const char* p, Py_ssize_t n, bint whole, bytes owner
+    ) except -2
+    cdef Py_ssize_t write_framed(self, const char* p, Py_ssize_t n, bytes owner) except -2
+    cdef Py_ssize_t _write_parts(
+        self, const Envelope* envelope, const char* p, Py_ssize_t n, Py_ssize_t size, bytes owner
+    ) except -2
+    cdef inline int _touch(self) except -1
+    cdef inline void _count(self, Py_ssize_t n) noexcept
     cdef inline bint _corking(self) noexcept
     @cython.final
-    cdef Py_ssize_t _hold(self, const char* p, Py_ssize_t n, bint whole) except -1
-    @cython.final
-    cdef int _append(self, const char* p, Py_ssize_t n) except -1
-    cdef int _copy_lone(self, Py_ssize_t start) except -1
-    cdef inline BufferSink _sink_or_none(self)
-    cdef inline BufferSink _sink(self)
-    cdef BufferSink _new_sink(self)
+    cdef Py_ssize_t _hold(
+        self, const char* p, Py_ssize_t n, Py_ssize_t taken, bint whole, bytes owner
+    ) except -1
+    cdef int _tear(self, object error) except -1
+    cdef inline Pieces _held_or_none(self)
+    cdef inline Pieces _held(self)
+    cdef Pieces _new_held(self)
+    cdef inline Py_ssize_t _lone_left(self) noexcept
     cdef inline int _flush_later(self) except -1
     @cython.final
     cdef Py_ssize_t _send(self, const char* p, Py_ssize_t n) except -2
+    cdef inline int _sent(self, Py_ssize_t held, Py_ssize_t taken) except -1
     cdef int _send_outgoing(self) except -1
+    cdef int _encrypt_held(self) except -1
     @cython.final
     cdef int flush_now(self) except -1
     @cython.final

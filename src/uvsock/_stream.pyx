@@ -29,14 +29,9 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from uvsock._framing cimport (
     AS_BYTEARRAY, AS_BYTES, AS_MEMORYVIEW, Envelope, FrameReader,
 )
+from uvsock._pieces cimport UVS_PARTS, Pieces, iovec
 from uvsock._poller cimport Poller, UVS_HANGUP, UVS_READ, UVS_WATCHED, UVS_WRITE
-from uvsock._sink cimport BufferSink
 from uvsock._tls cimport TLSLayer
-
-cdef extern from "sys/uio.h":
-    struct iovec:
-        void* iov_base
-        size_t iov_len
 
 cdef extern from "sys/socket.h":
     ctypedef unsigned int socklen_t
@@ -79,8 +74,8 @@ cdef enum:
     UVS_TLS_UNSENT = 131072
     # Frames between two looks at the clock, at most.
     UVS_FRAMES_PER_LOOK = 64
-    # Empty sinks kept per loop; more would hold memory after a burst.
-    UVS_SPARE_SINKS = 64
+    # Empty `Pieces` kept per loop; more would hold memory after a burst.
+    UVS_SPARE_PIECES = 64
     # So many reads in an iteration are a few, and so many answers a habit. With eight reads answers
     # are better sent together, with two they are not.
     UVS_FEW_READS = 4
@@ -390,20 +385,20 @@ cdef class LoopState:
             self.loop.call_soon(accept)
         return 0
 
-    cdef BufferSink take_sink(self):
-        cdef BufferSink sink = self._spare_sinks
-        if sink is None:
-            return BufferSink.__new__(BufferSink)
-        self._spare_sinks = sink.next_spare
+    cdef Pieces take_pieces(self):
+        cdef Pieces pieces = self._spare_pieces
+        if pieces is None:
+            return Pieces.__new__(Pieces)
+        self._spare_pieces = pieces.next_spare
         self._spare_count -= 1
-        sink.next_spare = None
-        return sink
+        pieces.next_spare = None
+        return pieces
 
-    cdef void give_sink(self, BufferSink sink):
-        if self._spare_count < UVS_SPARE_SINKS:
-            sink.trim()
-            sink.next_spare = self._spare_sinks
-            self._spare_sinks = sink
+    cdef void give_pieces(self, Pieces pieces):
+        if self._spare_count < UVS_SPARE_PIECES:
+            pieces.trim()
+            pieces.next_spare = self._spare_pieces
+            self._spare_pieces = pieces
             self._spare_count += 1
 
 
@@ -888,7 +883,7 @@ cdef class Stream:
 
     cdef inline bint choked(self) noexcept:
         """Whether what OpenSSL answers would only pile up."""
-        return self.blocked and self.wire is not None and self.wire.held() > UVS_TLS_UNSENT
+        return self.blocked and self.wire is not None and self.wire.size > UVS_TLS_UNSENT
 
     cdef int watch(self) except -1:
         """Have the descriptor watched for exactly what would be looked at, and for its hang-up."""
@@ -1067,7 +1062,7 @@ cdef class Stream:
         """Deliver the frames that are whole, until something holds the stream back."""
         cdef FrameReader frames = self.frames
         cdef bint borrow = self.group.delivery == AS_MEMORYVIEW
-        cdef int left = 1, step = 1  # frames until the clock is looked at, and then until it is again
+        cdef int left = 1, step = 1  # frames until the clock is looked at, and from then on
         cdef double until = 0
         frame = None
         while True:
@@ -1263,11 +1258,7 @@ cdef class Stream:
     # ── Writing ────────────────────────────────────────────────────────────────────────────────
 
     cdef inline Py_ssize_t pending(self) noexcept:
-        """Bytes accepted that the kernel does not have yet, as plain text."""
-        cdef Py_ssize_t held = 0 if self.lone is None else PyBytes_GET_SIZE(self.lone)
-        if self.tls is not None:
-            return held + (0 if self.plain is None else self.plain.held()) + self.tls.wire_plain
-        return held + (0 if self.wire is None else self.wire.held())
+        return self.unsent
 
     cdef inline bint _corking(self) noexcept:
         return self.group.cork or self.corks > 0
@@ -1277,7 +1268,7 @@ cdef class Stream:
     ) except -2:
         """Accept bytes: how many, or -1 once the write side is closed.
 
-        ``whole`` takes them all. ``owner`` is the object that they are all of, or None.
+        ``whole`` takes them all. ``owner`` is the object that they are in, or None.
         """
         if self.phase != ESTABLISHED or self.broken:
             return 0 if self.phase == CONNECTING and not self.broken and not whole else -1
@@ -1286,47 +1277,47 @@ cdef class Stream:
         if self.sending and not whole:
             return 0  # bytes in the middle of what send_all sends would tear it apart
         if not self._holdable(n):
-            return self._write_now(p, n, whole)
-        if owner is not None and self.lone is None and self._sink_or_none() is None:
+            return self._write_now(p, n, whole, owner)
+        # First what can fail: bytes that were counted are held, and others are not.
+        self._flush_later()
+        self._touch()
+        if (
+            owner is not None and n == PyBytes_GET_SIZE(owner)
+            and self.lone is None and self._held_or_none() is None
+        ):
             self.lone = owner
         else:
-            memcpy(self._sink().extend(n), p, n)
-        self._accepted(n)
-        self._flush_later()
+            memcpy(self._held().extend(n), p, n)
+        self._count(n)
         return n
 
-    cdef Py_ssize_t _write_now(self, const char* p, Py_ssize_t n, bint whole) except -2:
+    cdef Py_ssize_t _write_now(
+        self, const char* p, Py_ssize_t n, bint whole, bytes owner
+    ) except -2:
         """Give these to the kernel, after what is held, as far as it takes them."""
-        cdef Py_ssize_t taken
-        if self.tls is None:
-            taken = self._write_plain(p, n, whole)
-        else:
-            taken = self._write_tls(p, n, whole)
-        if taken > 0:
-            self._accepted(taken)
+        cdef Py_ssize_t taken = 0
+        if self.tls is not None:
+            return self._write_tls(p, n, whole, owner)
+        if not self.blocked:
+            taken = self._send(p, n)
+        if 0 <= taken < n:
+            return self._hold(p, n, taken, whole, owner)
         return taken
 
     cdef inline bint _holdable(self, Py_ssize_t n) noexcept:
         """Whether these wait for what comes next, to leave together with it."""
         return (
             n <= UVS_COPY_LIMIT and self._corking()
-            and n + self.pending() <= self.group.high_water_mark
+            and n + self.unsent <= self.group.high_water_mark
         )
 
-    cdef inline Py_ssize_t _write_plain(self, const char* p, Py_ssize_t n, bint whole) except -2:
-        cdef Py_ssize_t taken
-        if self.blocked:
-            return self._hold(p, n, whole)
-        taken = self._send(p, n)
-        if 0 <= taken < n:
-            taken += self._hold(p + taken, n - taken, whole)
-        return taken
-
-    cdef Py_ssize_t _write_tls(self, const char* p, Py_ssize_t n, bint whole) except -2:
+    cdef Py_ssize_t _write_tls(
+        self, const char* p, Py_ssize_t n, bint whole, bytes owner
+    ) except -2:
         cdef Py_ssize_t done = 0, batch
         if self.blocked or self.tls.handshaking or self.tls.stalled:
-            return self._hold(p, n, whole)
-        if self.plain is not None or self.lone is not None:
+            return self._hold(p, n, 0, whole, owner)
+        if self.unsent:
             self.flush_now()
         try:
             while done < n and not self.blocked and not self.tls.stalled and not self.broken:
@@ -1334,18 +1325,22 @@ cdef class Stream:
                 batch = min(n - done, min(UVS_TLS_BATCH, self.group.high_water_mark))
                 batch = self.tls.encrypt(p + done, batch)
                 self.tls.wire_plain += batch
+                self._count(batch)
                 done += batch
                 self._send_outgoing()
         except SSLError as error:
             self._tls_failed(error)
             return -1
+        except MemoryError as error:
+            if whole and done:
+                self._tear(error)
+            raise
         if self.broken:
             return -1
-        if done < n:
-            done += self._hold(p + done, n - done, whole)
-        return done
+        self._touch()
+        return done if done == n else self._hold(p, n, done, whole, owner)
 
-    cdef Py_ssize_t write_framed(self, const char* p, Py_ssize_t n) except -2:
+    cdef Py_ssize_t write_framed(self, const char* p, Py_ssize_t n, bytes owner) except -2:
         """Accept a frame, with what belongs around it, as a whole: its size on the wire.
 
         0 if it has to wait, -1 once the write side is closed.
@@ -1362,11 +1357,12 @@ cdef class Stream:
         _owner = self.frames.framer.enclose(p, n, &envelope)
         size = envelope.prefix_size + n + envelope.suffix_size
         if self.blocked or self.sending or size == 0 or not self._holdable(size):
-            return self._write_parts(&envelope, p, n, size)
-        target = self._sink().extend(size)
-        self.short_unanswered = False
-        self._accepted(size)
+            return self._write_parts(&envelope, p, n, size, owner)
         self._flush_later()
+        self._touch()
+        target = self._held().extend(size)
+        self._count(size)
+        self.short_unanswered = False
         if envelope.prefix_size:
             memcpy(target, envelope.prefix, envelope.prefix_size)
             target += envelope.prefix_size
@@ -1379,24 +1375,30 @@ cdef class Stream:
         return size
 
     cdef Py_ssize_t _write_parts(
-        self, const Envelope* envelope, const char* p, Py_ssize_t n, Py_ssize_t size
+        self, const Envelope* envelope, const char* p, Py_ssize_t n, Py_ssize_t size, bytes owner
     ) except -2:
         """The same for a frame that does not simply wait for what comes next."""
         cdef Py_ssize_t mark = self.group.high_water_mark
+        cdef long long before
         if self.pending() and self.pending() + size > mark:
             self.flush_now()
         if self.sending or (self.pending() and self.pending() + size > mark):
             self.short_write = self.short_unanswered = True
             return 0
         self.short_unanswered = False
+        before = self.bytes_written
         self.corks += 1  # the parts leave together
         try:
             if (
                 self.write_bytes(envelope.prefix, envelope.prefix_size, True, None) < 0
-                or self.write_bytes(p, n, True, None) < 0
+                or self.write_bytes(p, n, True, owner) < 0
                 or self.write_bytes(envelope.suffix, envelope.suffix_size, True, None) < 0
             ):
                 size = -1
+        except MemoryError as error:
+            if self.bytes_written != before:
+                self._tear(error)
+            raise
         finally:
             self.corks -= 1
         if self.corks == 0:
@@ -1406,50 +1408,71 @@ cdef class Stream:
                 self._flush_later()
         return size
 
-    cdef inline int _accepted(self, Py_ssize_t n) except -1:
-        self.bytes_written += n
+    cdef inline int _touch(self) except -1:
+        """Traffic: the idle timeout begins anew."""
         if self.group.idle_timeout > 0:
             self.deadlines().active = now()
         return 0
 
-    cdef Py_ssize_t _hold(self, const char* p, Py_ssize_t n, bint whole) except -1:
-        """Keep what the kernel would not take, as far as it is allowed."""
+    cdef inline void _count(self, Py_ssize_t n) noexcept:
+        """So many bytes were accepted, and the kernel does not have them yet."""
+        self.bytes_written += n
+        self.unsent += n
+
+    cdef Py_ssize_t _hold(
+        self, const char* p, Py_ssize_t n, Py_ssize_t taken, bint whole, bytes owner
+    ) except -1:
+        """Keep what follows the bytes that were taken, as far as it is allowed: all accepted."""
+        cdef Py_ssize_t rest = n - taken
         if not whole:
             if not self._corking():
-                return 0
-            n = min(n, self.group.high_water_mark - self.pending())
-        if n <= 0:
-            return 0
-        self._append(p, n)
-        return n
+                return taken
+            rest = min(rest, self.group.high_water_mark - self.unsent)
+        if rest <= 0:
+            return taken
+        try:
+            self._flush_later()
+            self._touch()
+            self._held().add(p + taken, rest, owner)
+        except MemoryError as error:
+            if taken == 0:
+                raise
+            if whole:
+                self._tear(error)
+                raise
+            return taken
+        self._count(rest)
+        return taken + rest
 
-    cdef inline BufferSink _sink_or_none(self):
-        return self.wire if self.tls is None else self.plain
+    cdef int _tear(self, object error) except -1:
+        """Some of what the peer needs as a whole has left, and the rest cannot: nothing follows."""
+        self.broken = True
+        return self.begin_abort(error, True)
 
-    cdef inline BufferSink _sink(self):
+    cdef inline Pieces _held_or_none(self):
+        return self.wire if self.tls is None else self.tls.plain
+
+    cdef inline Pieces _held(self):
         """Where accepted bytes are held: plain text for TLS, else bytes for the kernel."""
-        cdef BufferSink sink = self._sink_or_none()
-        return self._new_sink() if sink is None else sink
+        cdef Pieces held = self._held_or_none()
+        return self._new_held() if held is None else held
 
-    cdef BufferSink _new_sink(self):
-        cdef BufferSink sink = self.state.take_sink()
-        if self.tls is not None:
-            self.plain = sink
-        else:
-            self.wire = sink
+    cdef Pieces _new_held(self):
+        cdef Pieces held = self.state.take_pieces()
+        cdef Py_ssize_t left
         if self.lone is not None:
-            self._copy_lone(0)
-        return sink
+            left = self._lone_left()
+            held.add(PyBytes_AS_STRING(self.lone) + PyBytes_GET_SIZE(self.lone) - left, left, None)
+            self.lone = None
+        if self.tls is None:
+            self.wire = held
+        else:
+            self.tls.plain = held
+        return held
 
-    cdef int _append(self, const char* p, Py_ssize_t n) except -1:
-        """Copy to the end of what is held."""
-        self._sink().append(p, n)
-        return self._flush_later()
-
-    cdef int _copy_lone(self, Py_ssize_t start) except -1:
-        lone = self.lone
-        self.lone = None
-        return self._sink().append(PyBytes_AS_STRING(lone) + start, PyBytes_GET_SIZE(lone) - start)
+    cdef inline Py_ssize_t _lone_left(self) noexcept:
+        """How many of the last bytes of `lone` are still held."""
+        return self.unsent if self.tls is None else self.unsent - self.tls.wire_plain
 
     cdef inline int _flush_later(self) except -1:
         if self.turn == 0 and self.corks == 0 and not self.blocked:
@@ -1459,140 +1482,166 @@ cdef class Stream:
         return 0
 
     cdef Py_ssize_t _send(self, const char* p, Py_ssize_t n) except -2:
-        """Give the kernel the held bytes and then these, in one call; how many of these it took.
+        """Give the kernel the held bytes and then these, together; how many of these it took.
 
         -1 when the connection is broken. The only place that sends.
         """
-        cdef const char* head = NULL
-        cdef Py_ssize_t held = 0, sent
-        cdef int code, retries = 0
-        cdef iovec parts[2]
+        cdef Py_ssize_t held, rest, size, sent, taken = 0
+        cdef int count, code, retries = 0
+        cdef iovec parts[UVS_PARTS + 1]
         cdef msghdr message
-        cdef bint lone = self.lone is not None and self.tls is None
-        if lone:
-            head = PyBytes_AS_STRING(self.lone)
-            held = PyBytes_GET_SIZE(self.lone)
-        elif self.wire is not None:
-            head = self.wire.head()
-            held = self.wire.held()
-        if held + n == 0:
-            return 0
         while True:
-            if held == 0:
-                sent = send(self.fd, p, n, MSG_NOSIGNAL | MSG_DONTWAIT)
-            elif n == 0:
-                sent = send(self.fd, head, held, MSG_NOSIGNAL | MSG_DONTWAIT)
+            count = 0
+            held = rest = 0
+            if self.lone is not None and self.tls is None:
+                held = self.unsent
+                parts[0].iov_base = (
+                    PyBytes_AS_STRING(self.lone) + PyBytes_GET_SIZE(self.lone) - held
+                )
+                parts[0].iov_len = held
+                count = 1
+            elif self.wire is not None:
+                held = self.wire.gather(parts, &count)
+                rest = self.wire.size - held
+            size = held
+            if rest == 0 and n:
+                parts[count].iov_base = <void*>p
+                parts[count].iov_len = n
+                count += 1
+                size += n
+            if count == 0:
+                return taken
+            if count == 1:
+                sent = send(
+                    self.fd, parts[0].iov_base, parts[0].iov_len, MSG_NOSIGNAL | MSG_DONTWAIT
+                )
             else:
                 memset(&message, 0, sizeof(message))
-                parts[0].iov_base = <void*>head
-                parts[0].iov_len = held
-                parts[1].iov_base = <void*>p
-                parts[1].iov_len = n
                 message.msg_iov = parts
-                message.msg_iovlen = 2
+                message.msg_iovlen = count
                 sent = sendmsg(self.fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
-            if sent >= 0:
-                break
-            code = errno
-            if code == EAGAIN:
+            if sent < 0:
+                code = errno
+                if code == ENOBUFS:
+                    self.retry_later()
+                    return taken
+                if code == EINTR or code == EPROTOTYPE:
+                    # macOS says EPROTOTYPE while a socket is being shut down; the next try says
+                    # EPIPE.
+                    retries += 1
+                    if retries < UVS_SEND_RETRIES:
+                        continue
+                if code != EAGAIN:
+                    self._broken(code)
+                    return -1
                 sent = 0
-                break
-            if code == ENOBUFS:
-                self.retry_later()
-                return 0
-            if code == EINTR or code == EPROTOTYPE:
-                # macOS says EPROTOTYPE while a socket is being shut down; the next try says EPIPE.
-                retries += 1
-                if retries < UVS_SEND_RETRIES:
-                    continue
-            self._broken(code)
-            return -1
-        if sent < held + n:
-            self.arm_writer()
-        if sent > 0 and self.group.idle_timeout > 0:
-            self.deadlines().active = now()
-        if (
-            sent > 0 and self.phase >= ENDING
-            and self._deadlines is not None and self._deadlines.linger
-        ):
+            if sent > 0:
+                self._sent(min(sent, held), max(sent - held, 0))
+                taken += max(sent - held, 0)
+            if sent < size:
+                self.arm_writer()
+                return taken if self.phase < LEAVING else -1
+            if rest == 0:
+                return taken
+
+    cdef inline int _sent(self, Py_ssize_t held, Py_ssize_t taken) except -1:
+        """The kernel has taken the first of the held bytes, and so many of the others."""
+        if self.tls is None:
+            self.unsent -= held
+            self.bytes_written += taken
+            if self.unsent == 0:
+                self.lone = None
+        if self.wire is not None:
+            self.wire.consume(held)
+            if self.wire.size == 0:
+                self.state.give_pieces(self.wire)
+                self.wire = None
+        self._touch()
+        if self.phase >= ENDING and self._deadlines is not None and self._deadlines.linger:
             # The peer reads: it is alive.
             self._deadlines.linger = now() + self.linger()
-        if lone:
-            if sent < held:
-                self._copy_lone(sent)
-            self.lone = None
-        elif held:
-            self.wire.consume(min(held, sent))
-            if sent >= held:
-                self.state.give_sink(self.wire)
-                self.wire = None
-        return max(sent - held, 0)
+        return 0
 
     cdef int _send_outgoing(self) except -1:
-        """Send what OpenSSL has written."""
-        cdef Py_ssize_t n, taken = 0
-        data = self.tls.take()
-        if data is None:
+        """Send the ciphertext that is held, and what OpenSSL has written since."""
+        cdef const char* p = NULL
+        cdef Py_ssize_t n = 0, taken = 0
+        cdef bytes data = self.tls.take()
+        if data is not None:
+            p = PyBytes_AS_STRING(data)
+            n = PyBytes_GET_SIZE(data)
+        elif self.wire is None:
             return 0
         if self.fin_sent or self.broken or self.fd < 0:
             return 0
-        n = len(data)
         if not self.blocked:
-            taken = self._send(PyBytes_AS_STRING(data), n)
+            taken = self._send(p, n)
             if taken < 0:
                 return 0
         if taken < n:
-            if self.wire is None:
-                self.wire = self.state.take_sink()
-            self.wire.append(PyBytes_AS_STRING(data) + taken, n - taken)
-        elif self.wire is None:
+            try:
+                if self.wire is None:
+                    self.wire = self.state.take_pieces()
+                self.wire.add(p + taken, n - taken, data)
+            except MemoryError as error:
+                return self._tear(error)  # what comes behind these could not be decrypted
+        elif not self.blocked:
+            self.unsent -= self.tls.wire_plain
             self.tls.wire_plain = 0
         return 0
 
     cdef int flush_now(self) except -1:
         """Send what is held, as far as the kernel takes it."""
-        cdef Py_ssize_t batch
         if self.broken or self.fd < 0 or self.phase >= LEAVING:
             return 0
         if self.blocked:
             # The kernel is full, but holds all: it can take the FIN.
-            return self._flushed() if self.tls is None and not self.pending() else 0
-        if self.wire is not None or (self.lone is not None and self.tls is None):
-            if self._send(NULL, 0) < 0:
+            return self._flushed() if self.tls is None and self.unsent == 0 else 0
+        if self.tls is None:
+            if self.unsent and self._send(NULL, 0) < 0:
                 return 0
-            if self.wire is None and self.tls is not None:
-                self.tls.wire_plain = 0
-        if (
-            self.tls is not None and not self.tls.handshaking and not self.tls.stalled
-            and not self.blocked
-        ):
+        else:
+            self._send_outgoing()
             try:
-                if self.lone is not None and not self.broken:
-                    batch = self.tls.encrypt_bytes(self.lone)
-                    self.tls.wire_plain += batch
-                    if batch < PyBytes_GET_SIZE(self.lone):
-                        self._copy_lone(batch)
-                    self.lone = None
-                    self._send_outgoing()
-                while (
-                    self.plain is not None
-                    and not self.blocked and not self.tls.stalled and not self.broken
-                ):
-                    batch = min(self.plain.held(), UVS_TLS_BATCH)
-                    batch = self.tls.encrypt(self.plain.head(), batch)
-                    self.plain.consume(batch)
-                    self.tls.wire_plain += batch
-                    if self.plain.held() == 0:
-                        self.state.give_sink(self.plain)
-                        self.plain = None
-                    self._send_outgoing()
+                self._encrypt_held()
             except SSLError as error:
                 return self._tls_failed(error)
-        if (
-            not self.blocked and not self.broken
-            and self.wire is None and self.plain is None and self.lone is None
-        ):
+        if self.unsent == 0 and not self.blocked and not self.broken:
             return self._flushed()
+        return 0
+
+    cdef int _encrypt_held(self) except -1:
+        """Send the plain text that is held, as far as the kernel takes it."""
+        cdef TLSLayer tls = self.tls
+        cdef Pieces plain
+        cdef const char* p
+        cdef Py_ssize_t n, batch
+        if tls.handshaking or tls.stalled or self.blocked or self.broken:
+            return 0
+        if self.lone is not None:
+            n = self._lone_left()
+            if n == PyBytes_GET_SIZE(self.lone):
+                batch = tls.encrypt_bytes(self.lone)
+            else:
+                p = PyBytes_AS_STRING(self.lone) + PyBytes_GET_SIZE(self.lone) - n
+                batch = tls.encrypt(p, n)
+            tls.wire_plain += batch
+            if batch == n:
+                self.lone = None
+            self._send_outgoing()
+        while tls.plain is not None and not self.blocked and not tls.stalled and not self.broken:
+            plain = tls.plain
+            batch = 0
+            while plain.size and batch < UVS_TLS_BATCH and not tls.stalled:
+                n = plain.head(&p)
+                n = tls.encrypt(p, min(n, UVS_TLS_BATCH - batch))
+                plain.consume(n)
+                tls.wire_plain += n
+                batch += n
+            if plain.size == 0:
+                self.state.give_pieces(plain)
+                tls.plain = None
+            self._send_outgoing()
         return 0
 
     cdef int _flushed(self) except -1:
@@ -1606,8 +1655,7 @@ cdef class Stream:
     cdef int leave_turn(self) except -1:
         self.turn -= 1
         if self.turn == 0 and self.corks == 0 and (
-            self.lone is not None or self.wire is not None or self.plain is not None
-            or (self.phase >= ENDING and not self.fin_sent)
+            self.unsent or (self.phase >= ENDING and not self.fin_sent)
         ):
             self.flush_now()
         if self.tcp_eof and self.turn == 0:
@@ -1787,12 +1835,13 @@ cdef class Stream:
         return self.pending() > 0
 
     cdef void _drop_output(self):
-        if self.pending():
+        if self.unsent:
             self.dropped = True
+        self.unsent = 0
         self.lone = None
         self.wire = None
-        self.plain = None
         if self.tls is not None:
+            self.tls.plain = None
             self.tls.wire_plain = 0
         self.blocked = False
 
@@ -1800,11 +1849,11 @@ cdef class Stream:
         self, object context, bint server_side, object server_hostname, double timeout
     ) except -1:
         """Put a TLS layer on the stream; `_continue_handshake` starts the handshake."""
-        cdef Py_ssize_t held = self.pending()
         if self.lone is not None:
-            self._copy_lone(0)
+            self._new_held()
         self.tls = TLSLayer(context, server_side, server_hostname)
-        self.tls.wire_plain = held  # written before: it leaves as it is, ahead of the handshake
+        # Written before: it leaves as it is, ahead of the handshake.
+        self.tls.wire_plain = self.unsent
         if timeout != INFINITY:
             self.deadlines().handshake = now() + timeout
             self.arm_timer()

@@ -1,5 +1,6 @@
 # TLS as bytes in, bytes out: one ssl.SSLObject between two memory BIOs. It knows no sockets.
 
+from uvsock._pieces cimport Pieces
 from uvsock._sink cimport BufferSink
 
 
@@ -15,6 +16,7 @@ cdef class TLSLayer:
     cdef bint notified            # our close_notify was written
     cdef bint broken              # a record could not be read, so none after it can
     cdef bint _output             # OpenSSL may have written something since the last `take`
+    cdef Pieces plain             # plain text accepted and not yet encrypted; None when empty
     cdef Py_ssize_t wire_plain    # plain text that the bytes in the stream's `wire` stand for
     # The records that have come in whole and were not read; may be too high, never too low.
     cdef Py_ssize_t _records
