@@ -12,7 +12,9 @@ import struct
 import subprocess
 import sys
 import time
+from fcntl import ioctl
 from pathlib import Path
+from termios import FIONREAD
 from typing import Any
 
 import pytest
@@ -109,27 +111,46 @@ async def test_a_turn_that_ends_between_frames_loses_none(wire: Wire) -> None:
 
 
 @LINUX  # other systems drop what was received before a reset
-async def test_frames_before_a_reset_are_delivered_in_turns(tcp_wire: Wire) -> None:
+@pytest.mark.parametrize("pausing", [False, True])
+async def test_frames_before_a_reset_are_delivered_in_turns(tcp_wire: Wire, pausing: bool) -> None:
+    """All that had come, also to a handler that pauses with each of them."""
     got = 0
+    turns = 0
     ended: list[Any] = []
+    opened: list[Any] = []
 
     def line(socket: Any, data: bytes) -> None:
         nonlocal got
         got += 1
+        if pausing:
+            socket.pause()
 
-    table = {"data": line, "close": lambda socket, error: ended.append(error)}
-    opened: list[Any] = []
-    listener = await tcp_wire.listen(table | {"open": opened.append}, framing=uvsock.Lines())
+    def turn() -> None:
+        nonlocal turns
+        turns += got > 0
+        if not ended:
+            asyncio.get_running_loop().call_soon(turn)
+
+    table = {
+        "open": opened.append,
+        "data": line,
+        "close": lambda socket, error: ended.append(error),
+    }
+    listener = await tcp_wire.listen(table, framing=uvsock.Lines())
     peer = tcp_wire.dial(listener)
     await until(lambda: opened)
     opened[0].pause()
-    sent = send_what_fits(peer, b"\n" * (1 << 20))
+    sent = send_what_fits(peer, b"\n" * 50_000)
+    taken = ctypes.c_int()
+    while taken.value < sent:  # what is on its way is lost with a reset
+        await asyncio.sleep(0.001)
+        ioctl(opened[0].fileno(), FIONREAD, taken)
     peer.setsockopt(stdlib.SOL_SOCKET, stdlib.SO_LINGER, struct.pack("ii", 1, 0))
-    await asyncio.sleep(0)
     peer.close()
+    turn()
     await until(lambda: ended, 20)
-    # What was still on its way is lost with the reset.
-    assert 0 < got <= sent
+    assert got == sent
+    assert turns > 3
     assert isinstance(ended[0], ConnectionResetError)
     listener.stop(True)
     await soon(listener.wait_closed())

@@ -721,7 +721,8 @@ cdef class Stream:
         try:
             self._end_pause()
             while self.spent and self.phase <= ENDING:
-                self.pump()
+                self.spent = False  # there is no later: the descriptor is closed behind this
+                self._end_pause()
             if self.tls is not None and self.tls.handshaking and self.phase < LEAVING:
                 self.begin_abort(exc if exc is not None else self.error, False)
         finally:
@@ -1223,7 +1224,10 @@ cdef class Stream:
         self.turn += 1
         try:
             self.pump()
-            self.check_drain()
+            if self.broken and self.tcp_eof and self.phase <= ENDING:
+                self._give_up()
+            else:
+                self.check_drain()
         finally:
             self.leave_turn()
 
@@ -1250,8 +1254,6 @@ cdef class Stream:
                 continue
             self._look_at(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), data)
         if self.phase < LEAVING and not self.spent:
-            if self.broken and self.tcp_eof:
-                return self._give_up()
             self._check_end()
         return self.watch()
 
@@ -1930,10 +1932,17 @@ cdef class Stream:
         return self.watch()
 
     cdef int _end_pause(self) except -1:
-        """The connection is gone: what it brought before that is still the handler's."""
-        if self.phase <= ENDING and not self.busy and (self.paused or self.unread()):
+        """The connection is gone: what it brought before that is still the handler's, in turns."""
+        cdef double until = now() + UVS_TURN
+        # A handler that pauses again and again has one frame each time.
+        while (
+            self.phase <= ENDING and not self.busy and not self.spent
+            and (self.paused or self.unread())
+        ):
             self.paused = False
             self.pump()
+            if self.unread() and not self.spent and now() > until:
+                self.rest()
         return 0
 
     cdef int _give_up(self) except -1:
