@@ -2,11 +2,8 @@
 #ifndef UVSOCK_POLLER_H
 #define UVSOCK_POLLER_H
 
-/* What a descriptor is watched for, and what it is ready for. HANGUP is always watched for. */
-enum { UVS_WATCHED = 1, UVS_READ = 2, UVS_WRITE = 4, UVS_HANGUP = 8 };
-
-/* The most that one call takes. */
-enum { UVS_BATCH = 256 };
+/* As in _poller.pxd. */
+enum { READY_READ = 2, READY_WRITE = 4, READY_HANGUP = 8, READY_BATCH = 256 };
 
 typedef struct {
     void *who;
@@ -23,20 +20,20 @@ static inline int uvs_poller_open(void) { return epoll_create1(EPOLL_CLOEXEC); }
 static inline int uvs_poller_set(int poller, int fd, int before, int what, void *who) {
     struct epoll_event event;
     int op = !before ? EPOLL_CTL_ADD : what ? EPOLL_CTL_MOD : EPOLL_CTL_DEL;
-    event.events = (what & UVS_READ ? EPOLLIN : 0) | (what & UVS_WRITE ? EPOLLOUT : 0);
+    event.events = (what & READY_READ ? EPOLLIN : 0) | (what & READY_WRITE ? EPOLLOUT : 0);
     event.data.ptr = who;
     return epoll_ctl(poller, op, fd, &event);
 }
 
 /* Take what is ready, without waiting: how many. */
 static inline int uvs_poller_take(int poller, uvs_ready *ready) {
-    struct epoll_event events[UVS_BATCH];
-    int i, n = epoll_wait(poller, events, UVS_BATCH, 0);
+    struct epoll_event events[READY_BATCH];
+    int i, n = epoll_wait(poller, events, READY_BATCH, 0);
     for (i = 0; i < n; i++) {
         uint32_t found = events[i].events;
         ready[i].who = events[i].data.ptr;
-        ready[i].what = (found & EPOLLIN ? UVS_READ : 0) | (found & EPOLLOUT ? UVS_WRITE : 0) |
-                        (found & (EPOLLERR | EPOLLHUP) ? UVS_HANGUP : 0);
+        ready[i].what = (found & EPOLLIN ? READY_READ : 0) | (found & EPOLLOUT ? READY_WRITE : 0) |
+                        (found & (EPOLLERR | EPOLLHUP) ? READY_HANGUP : 0);
     }
     return n < 0 ? 0 : n;
 }
@@ -60,29 +57,29 @@ static inline int uvs_poller_set(int poller, int fd, int before, int what, void 
     struct kevent changes[2];
     int n = 0;
     /* A failure is heard by a filter for reading that data seldom satisfies, and then once. */
-    if ((before & UVS_READ) != (what & UVS_READ) || !before != !what) {
+    if ((before & READY_READ) != (what & READY_READ) || !before != !what) {
         if (!what)
             EV_SET(&changes[n++], fd, EVFILT_READ, EV_DELETE, 0, 0, who);
-        else if (what & UVS_READ)
+        else if (what & READY_READ)
             EV_SET(&changes[n++], fd, EVFILT_READ, EV_ADD, NOTE_LOWAT, 1, who);
         else
             EV_SET(&changes[n++], fd, EVFILT_READ, EV_ADD | EV_CLEAR, NOTE_LOWAT, INT_MAX, who);
     }
-    if ((before & UVS_WRITE) != (what & UVS_WRITE))
-        EV_SET(&changes[n++], fd, EVFILT_WRITE, what & UVS_WRITE ? EV_ADD : EV_DELETE, 0, 0, who);
+    if ((before & READY_WRITE) != (what & READY_WRITE))
+        EV_SET(&changes[n++], fd, EVFILT_WRITE, what & READY_WRITE ? EV_ADD : EV_DELETE, 0, 0, who);
     return n == 0 ? 0 : kevent(poller, changes, n, NULL, 0, NULL);
 }
 
 static inline int uvs_poller_take(int poller, uvs_ready *ready) {
-    struct kevent events[UVS_BATCH];
+    struct kevent events[READY_BATCH];
     struct timespec at_once;
     int i, n;
     memset(&at_once, 0, sizeof(at_once));
-    n = kevent(poller, NULL, 0, events, UVS_BATCH, &at_once);
+    n = kevent(poller, NULL, 0, events, READY_BATCH, &at_once);
     for (i = 0; i < n; i++) {
         ready[i].who = events[i].udata;
-        ready[i].what = (events[i].filter == EVFILT_WRITE ? UVS_WRITE : UVS_READ) |
-                        (events[i].flags & EV_EOF && events[i].fflags ? UVS_HANGUP : 0);
+        ready[i].what = (events[i].filter == EVFILT_WRITE ? READY_WRITE : READY_READ) |
+                        (events[i].flags & EV_EOF && events[i].fflags ? READY_HANGUP : 0);
     }
     return n < 0 ? 0 : n;
 }

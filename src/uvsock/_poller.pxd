@@ -6,12 +6,20 @@
 
 cimport cython
 
-cdef extern from "_poller.h":
-    enum:
-        UVS_WATCHED, UVS_READ, UVS_WRITE, UVS_HANGUP, UVS_BATCH
-    ctypedef struct uvs_ready:
-        void* who
-        int what
+# As in _poller.h, which is not named here: it is not there where a program compiles its handlers.
+cdef enum:
+    # What a descriptor is watched for, and what it is ready for. HANGUP is always watched for.
+    UVS_WATCHED = 1
+    UVS_READ = 2
+    UVS_WRITE = 4
+    UVS_HANGUP = 8
+    # The most that one call takes.
+    UVS_BATCH = 256
+
+
+cdef struct Ready:
+    void* who
+    int what
 
 
 cdef class Watched:
@@ -34,7 +42,7 @@ cdef class Poller:
     cdef bint taking                  # a batch is being taken
     cdef int count                    # of the batch
     cdef int next
-    cdef uvs_ready batch[UVS_BATCH]
+    cdef Ready batch[UVS_BATCH]
 
     # Watch for other bits than before; 0 ends it, and has to come before the descriptor is closed.
     cdef int watch(self, Watched who, int what) except -1

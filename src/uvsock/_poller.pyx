@@ -12,6 +12,8 @@ cdef extern from "Python.h":
     int PyContext_Exit(object context) except -1
 
 cdef extern from "_poller.h":
+    ctypedef struct uvs_ready:
+        pass
     int uvs_poller_open() noexcept
     int uvs_poller_set(int poller, int fd, int before, int what, void* who) noexcept
     int uvs_poller_take(int poller, uvs_ready* ready) noexcept
@@ -95,7 +97,7 @@ cdef class Poller:
             self.batch[0].what = UVS_READ
             self.count = 1
         else:
-            self.count = uvs_poller_take(self.fd, self.batch)
+            self.count = uvs_poller_take(self.fd, <uvs_ready*>self.batch)
         self.next = 0
         try:
             while self.next < self.count:
