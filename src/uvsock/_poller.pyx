@@ -4,12 +4,9 @@ import contextvars
 import os
 
 cimport cython
+from cpython.contextvars cimport PyContext_Enter, PyContext_Exit
 from libc.errno cimport errno
 from posix.unistd cimport close as close_descriptor
-
-cdef extern from "Python.h":
-    int PyContext_Enter(object context) except -1
-    int PyContext_Exit(object context) except -1
 
 cdef extern from "_poller.h":
     ctypedef struct uvs_ready:
@@ -21,7 +18,8 @@ cdef extern from "_poller.h":
 
 cdef class Watched:
     cdef int on_ready(self, int what) except -1:
-        return 0
+        # To do nothing would be to be called again, for ever.
+        raise TypeError(f"{type(self).__name__} does not define on_ready()")
 
     cdef int on_ready_raised(self, object error) except -1:
         raise error

@@ -53,6 +53,11 @@ cdef class Lingering(Watched):
             self.close()
         return 0
 
+    cdef int on_ready_raised(self, object error) except -1:
+        self.timer.cancel()
+        self.close()  # or it would be tried again, for ever
+        raise error
+
     def _ask(self):
         cdef double t = now()
         if uvs_unsent(self.fd) > 0:
