@@ -655,6 +655,37 @@ async def test_writing_is_paused_and_resumed_once(net: Net) -> None:
     assert client.events == ["made", "pause", "resume"]
 
 
+async def test_writing_is_resumed_also_where_the_last_bytes_close(net: Net) -> None:
+    """What waits in resume_writing() for its turn is not left waiting by close()."""
+    client, server = await net.pair()
+    server.transport.pause_reading()
+    total = 0
+    while "pause" not in client.events:
+        client.transport.write(bytes(1_000_000))
+        total += 1_000_000
+    client.transport.close()
+    server.transport.resume_reading()
+    await soon(client.lost)
+    await until(lambda: len(server.received) == total)
+    # Over TLS the peer's answer to the close is an end of its side, which may be told.
+    assert [event for event in client.events if event != "eof"] == [
+        "made",
+        "pause",
+        "resume",
+        "lost",
+    ]
+
+
+async def test_aborting_resumes_no_writing(net: Net) -> None:
+    client, server = await net.pair()
+    server.transport.pause_reading()
+    while "pause" not in client.events:
+        client.transport.write(bytes(1_000_000))
+    client.transport.abort()
+    await soon(client.lost)
+    assert client.events == ["made", "pause", "lost"]
+
+
 async def test_lower_limits_pause_at_once(plain_net: Net) -> None:
     client, server = await plain_net.pair()
     server.transport.pause_reading()

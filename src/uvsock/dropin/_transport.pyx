@@ -610,7 +610,8 @@ cdef class Transport(Stream):
     cdef int _resume_if_low(self) except -1:
         if (
             self.writing_paused and not self.pausing and self.pending() <= self.low
-            and not self.broken and self.phase < LEAVING
+            # The last bytes of a closed transport take the FIN with them, and it leaves.
+            and not self.broken and (self.phase < LEAVING or self.fin_sent)
         ):
             return self._resume_writing()
         return 0
