@@ -636,6 +636,16 @@ async def test_wrong_write_buffer_limits(plain_net: Net, given: dict[str, int]) 
         client.transport.set_write_buffer_limits(**given)
 
 
+def fill(writer: Recorder, reader: Recorder) -> int:
+    """Write to one that does not read, until writing is paused; how many bytes that took."""
+    reader.transport.pause_reading()
+    total = 0
+    while "pause" not in writer.events:
+        writer.transport.write(bytes(100_000))
+        total += 100_000
+    return total
+
+
 async def test_writing_is_paused_and_resumed_once(net: Net) -> None:
     client, server = await net.pair()
     client.transport.set_write_buffer_limits(high=10_000, low=5_000)
@@ -658,11 +668,7 @@ async def test_writing_is_paused_and_resumed_once(net: Net) -> None:
 async def test_writing_is_resumed_also_where_the_last_bytes_close(net: Net) -> None:
     """What waits in resume_writing() for its turn is not left waiting by close()."""
     client, server = await net.pair()
-    server.transport.pause_reading()
-    total = 0
-    while "pause" not in client.events:
-        client.transport.write(bytes(1_000_000))
-        total += 1_000_000
+    total = fill(client, server)
     client.transport.close()
     server.transport.resume_reading()
     await soon(client.lost)
@@ -678,9 +684,7 @@ async def test_writing_is_resumed_also_where_the_last_bytes_close(net: Net) -> N
 
 async def test_aborting_resumes_no_writing(net: Net) -> None:
     client, server = await net.pair()
-    server.transport.pause_reading()
-    while "pause" not in client.events:
-        client.transport.write(bytes(1_000_000))
+    fill(client, server)
     client.transport.abort()
     await soon(client.lost)
     assert client.events == ["made", "pause", "lost"]
@@ -715,11 +719,7 @@ async def test_pause_writing_that_raises_is_reported(
         raise ValueError("boom")
 
     client, server = await plain_net.pair(lambda: Recorder(pause=fail, resume=fail))
-    server.transport.pause_reading()
-    total = 0
-    while "pause" not in client.events:
-        client.transport.write(bytes(100_000))
-        total += 100_000
+    total = fill(client, server)
     server.transport.resume_reading()
     await until(lambda: len(server.received) == total)
     await until(lambda: len(loop_errors) == 2)
