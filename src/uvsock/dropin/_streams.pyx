@@ -345,7 +345,7 @@ cdef class Ready:
         Reading.throw(Reading.__new__(Reading), kind, value, traceback)
 
     def close(self):
-        pass
+        """It never waits, so nothing in it is left to end."""
 
     @property
     def __name__(self):
